@@ -1,0 +1,1 @@
+"""The baselines: one file an architecture, found by its name."""

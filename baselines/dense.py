@@ -1,0 +1,173 @@
+"""Dense causal transformer: the quality ceiling and the cost ceiling of every table.
+
+Transformer++ as in the CAT paper, Appendix E.3: RoPE, RMSNorm, SwiGLU, no biases. `dense-2d` is the
+same at twice the width: the honest reference for CAT's decoder, which has that width.
+State: one key and one value per token, layer and head, so it grows with the sequence.
+
+Shapes: b batch, t tokens, d width, h heads, e head width (64), s cache rows, l layers, v vocabulary.
+Try it: cat-bench run efficiency -a dense --quick
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens
+from cat_bench.blocks import (
+    HEAD_WIDTH,
+    Block,
+    attention,
+    causal_attention,
+    check_width,
+    linear_params,
+    rope_table,
+)
+from cat_bench.graph import CapturedStep, Rows, block_step, rms_norm
+
+PRESETS = {"dense-2d": {"width": 2048}}
+REQUIRES = {"cuda_graph": "triton"}
+
+
+@dataclass(frozen=True)
+class Config:
+    width: int = 1024  # D in the paper
+    num_layers: int = 12
+    vocab_size: int = 50_432  # GPT-2's 50,257, padded to a multiple of 256
+    num_kv_heads: int | None = None  # None: as many as query heads
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_width(self.width, self.num_kv_heads)
+        if self.num_layers < 1 or self.vocab_size < 2:
+            raise ValueError(
+                f"num_layers must be at least 1 and vocab_size at least 2, "
+                f"got {self.num_layers} and {self.vocab_size}."
+            )
+
+    @property
+    def label(self) -> str:
+        return {1024: "Dense", 2048: "Dense-2D"}.get(self.width, f"Dense (D={self.width})")
+
+
+class State(NamedTuple):
+    keys: Tensor  # (l, b, h, s, e), rotated; filled in place
+    values: Tensor  # (l, b, h, s, e)
+    num_tokens: int  # rows filled so far
+    captured: CapturedStep | None  # decode path cuda_graph: the step, tied to these buffers
+
+
+class Model(nn.Module):
+    decode_paths = ("eager", "cuda_graph")
+    max_len = None  # RoPE knows no limit
+
+    def __init__(self, config: Config, decode_path: str = "eager"):
+        super().__init__()
+        self.config, self.decode_path = config, decode_path
+        c = config
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.num_kv_heads, eps=c.norm_eps) for _ in range(c.num_layers)
+        )
+        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for table in (self.embed, self.head):
+            nn.init.normal_(table.weight, std=(2 / (5 * self.config.width)) ** 0.5)
+        for block in self.blocks:
+            block.init_weights(self.config.num_layers)
+
+    def forward(self, tokens: Tokens) -> Logits:
+        rope = rope_table(torch.arange(tokens.shape[1], device=tokens.device), self.config.rope_base)
+        x = self.embed(tokens)  # (b, t, d)
+        for block in self.blocks:
+            x = block(x, rope, lambda q, k, v: attention(q, k, v, causal=True))
+        return self.head(self.norm(x))  # (b, t, v)
+
+    def init_state(self, batch_size: int, max_len: int) -> State:
+        c, like = self.config, self.head.weight
+        kv_heads = c.num_kv_heads or c.width // HEAD_WIDTH
+        shape = (c.num_layers, batch_size, kv_heads, max_len, HEAD_WIDTH)
+        state = State(like.new_zeros(shape), like.new_zeros(shape), 0, None)
+        if self.decode_path == "cuda_graph":
+            ids = torch.arange(max_len, device=like.device)
+            rope = rope_table(ids, c.rope_base)
+            step = CapturedStep(
+                lambda token, row: self._graphed_step(token, row, state, rope), batch_size, like.device
+            )
+            state = state._replace(captured=step)
+        return state
+
+    def reset(self, state: State) -> State:
+        return state._replace(num_tokens=0)  # rows past the counter are never read
+
+    def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
+        """Read `tokens` into the state; return the logits of the token after the last one."""
+        start, end = state.num_tokens, state.num_tokens + tokens.shape[1]
+        self._check_room(end, state)
+        rope = rope_table(torch.arange(start, end, device=tokens.device), self.config.rope_base)
+        x = self.embed(tokens)  # (b, t, d)
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
+                keys[:, :, start:end], values[:, :, start:end] = k, v
+                return causal_attention(q, keys[:, :, :end], values[:, :, :end])
+
+            x = block(x, rope, attend)
+        return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
+
+    def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
+        if state.captured is None:
+            return self.prefill(token[:, None], state)
+        self._check_room(state.num_tokens + 1, state)
+        logits = state.captured(token, state.num_tokens)
+        return logits, state._replace(num_tokens=state.num_tokens + 1)
+
+    def _graphed_step(self, token: Tensor, row: Tensor, state: State, rope) -> Tensor:
+        """One step on the fast kernels, without host values. token (b,), row (b,): where to write."""
+        rows = Rows(write=row, rope_id=row, first_end=row, second_start=row, second_end=row)
+        x = self.embed(token)  # (b, d)
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+            x = block_step(block, x, keys, values, rows, rope)
+        return self.head(rms_norm(x, self.norm))
+
+    def _check_room(self, end: int, state: State) -> None:
+        if end > state.keys.shape[3]:
+            raise ValueError(f"the state holds {state.keys.shape[3]} tokens; token {end} was given.")
+
+    def step_kind(self, num_tokens: int) -> str:
+        return "step"
+
+    @property
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_params_non_embedding(self) -> int:
+        return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
+
+    def state_bytes(self, batch_size: int, seq_len: int) -> int:
+        """2 (key, value) x layers x batch x tokens x kv width x bytes per element."""
+        c = self.config
+        kv_width = c.num_kv_heads * HEAD_WIDTH if c.num_kv_heads else c.width
+        return 2 * c.num_layers * batch_size * seq_len * kv_width * self.head.weight.itemsize
+
+    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
+        return self.state_bytes(batch_size, seq_len)
+
+    def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
+        """Weights: every matrix once, 2 FLOP per weight and row. State: all rows so far, 4 L D each."""
+        c = self.config
+        weights = c.num_layers * linear_params(c.width, c.num_kv_heads) + c.width * c.vocab_size
+        return (
+            Cost("weights", weights * self.head.weight.itemsize, 2 * batch_size * weights),
+            Cost(
+                "state",
+                self.state_bytes(batch_size, num_tokens),
+                4 * batch_size * c.num_layers * c.width * num_tokens,
+            ),
+        )

@@ -1,0 +1,3 @@
+"""cat-bench: one harness for the Compress-and-Attend Transformer and its competitors."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,149 @@
+"""What every architecture is: the protocol, the shape letters, and how one is loaded by its spec.
+
+Shape letters of the whole project: b batch, t tokens, s cache rows, d width, h heads, e head width,
+v vocabulary, k chunks, c chunk size, l layers.
+
+An architecture is a file that exports `Config` (frozen dataclass; its defaults are the paper's) and
+`Model(config, decode_path="eager")`. CAT lives in cat_bench/cat.py, all others in baselines/, a
+user's own anywhere (`--arch path/to/mine.py:width=512`).
+"""
+
+import importlib
+import importlib.util
+import sys
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cat_bench.errors import UserError
+from cat_bench.spec import Spec, resolve
+
+Tokens = Int[Tensor, "b t"]
+Token = Int[Tensor, "b"]
+Logits = Float[Tensor, "b t v"]
+NextLogits = Float[Tensor, "b v"]
+State = Any  # a NamedTuple, private to its file
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Cost(NamedTuple):
+    """What one part of a decoding step must at least do (evaluation_spec.md 4.3)."""
+
+    part: str  # "weights", "state", "compressor"
+    num_bytes: float  # read + written, whole batch; fractions where a cost is amortised over steps
+    flops: float  # 2 per multiply-add, whole batch
+
+
+class Architecture(Protocol):
+    """A torch module. State goes in and comes out; nothing about a sequence hides in the module."""
+
+    decode_paths: tuple[str, ...]  # class attribute, "eager" first
+    decode_path: str  # the one in use: stored with every number
+    config: Any
+    max_len: int | None  # longest sequence it can hold; None: no limit
+
+    num_params: int
+    num_params_non_embedding: int  # without token embeddings, head, position tables, dummy
+
+    def forward(self, tokens: Tokens) -> Logits:
+        """Logits of every next token: row t predicts token t + 1. (b, t) -> (b, t, v)."""
+        ...
+
+    def init_state(self, batch_size: int, max_len: int) -> State:
+        """All that decoding `max_len` tokens needs; a graphed path captures its graphs here."""
+        ...
+
+    def reset(self, state: State) -> State:
+        """The same buffers (and captured graphs), empty again."""
+        ...
+
+    def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
+        """Read `tokens` (any number >= 1, repeatable) into the state; logits of the next token."""
+        ...
+
+    def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
+        """Read one token per row. The logits may be a buffer that the next step overwrites."""
+        ...
+
+    def step_kind(self, num_tokens: int) -> str:
+        """Class of the step that reads token number `num_tokens` (1-based): "step"; CAT has two."""
+        ...
+
+    def state_bytes(self, batch_size: int, seq_len: int) -> int:
+        """Bytes of every tensor of the state, by formula, allocating nothing."""
+        ...
+
+    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
+        """The same without token ids and counters: the table of evaluation_spec.md 4.4."""
+        ...
+
+    def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
+        """Least bytes and FLOPs, part by part, of the step that reads token number `num_tokens`."""
+        ...
+
+
+def step_flops(model: Architecture, batch_size: int, num_tokens: int) -> float:
+    """FLOPs of one decoding step of the whole batch."""
+    return sum(cost.flops for cost in model.step_costs(batch_size, num_tokens))
+
+
+def generation_flops(model: Architecture, batch_size: int, seq_len: int) -> float:
+    """FLOPs of reading `seq_len` tokens one by one = of a forward pass; training takes 3 times it."""
+    return sum(step_flops(model, batch_size, n) for n in range(1, seq_len + 1))
+
+
+def load_module(spec: Spec):
+    """Import the architecture's file. Raises UserError where it does not export Config and Model."""
+    source = resolve(spec.name)
+    if source.module:
+        module = importlib.import_module(source.module)
+    else:
+        name = f"cat_bench_user_{source.path.stem}"
+        import_spec = importlib.util.spec_from_file_location(name, source.path)
+        module = importlib.util.module_from_spec(import_spec)
+        sys.modules[name] = module  # dataclasses and pickling of types look it up here
+        import_spec.loader.exec_module(module)
+    for export in ("Config", "Model"):
+        if not hasattr(module, export):
+            raise UserError(
+                f"{source.path} exports no {export}; an architecture file exports Config and Model.",
+                "baselines/dense.py is the example to follow.",
+            )
+    return module
+
+
+def make_config(spec: Spec) -> Any:
+    """The resolved Config. Raises UserError with the Config's own reason where values do not fit."""
+    module = load_module(spec)
+    try:
+        return module.Config(**spec.overrides)
+    except ValueError as error:
+        raise UserError(f"{spec.text}: {error}") from error
+
+
+def build(
+    spec: Spec,
+    decode_path: str = "eager",
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Architecture:
+    """A model with random weights, made directly on `device` ("meta" allocates nothing).
+
+    Raises UserError for an unknown name, key or value and for a decode path that it lacks.
+    """
+    module, config = load_module(spec), make_config(spec)
+    if decode_path not in module.Model.decode_paths:
+        have = ", ".join(module.Model.decode_paths)
+        raise UserError(f"{spec.text} has no decode path '{decode_path}'; it has: {have}.")
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        with torch.device(device):
+            return module.Model(config, decode_path).eval()
+    finally:
+        torch.set_default_dtype(before)

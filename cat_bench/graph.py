@@ -1,0 +1,124 @@
+"""The decode path `cuda_graph`: one cached step on Triton kernels, captured once, replayed per token.
+
+Every architecture whose layers are attention over cache rows uses it (Dense, CAT). The kernels and
+this file say the same thing twice: `decode_attention_reference` is the specification in plain
+PyTorch, cat_bench/kernels.py the fast form; tests/gpu compares them. Nothing here imports Triton
+until a graph is captured.
+
+Shapes: b batch, h query heads, g key-value heads, e head width (64), s cache rows, d width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention, rotate
+
+
+class Rows(NamedTuple):
+    """Where each sequence of the batch reads and writes: int64 (b,), on the device.
+
+    A query sees rows 0 .. first_end - 1, rows second_start .. second_end - 1, and the row that it
+    writes itself; `write` lies outside of both ranges.
+    """
+
+    write: Tensor
+    rope_id: Tensor
+    first_end: Tensor
+    second_start: Tensor
+    second_end: Tensor
+
+
+def decode_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: Rows
+) -> Tensor:
+    """Write one rotated row per sequence, then attend. q (b, h, 1, e), k v (b, g, 1, e) -> q's shape.
+
+    keys, values (b, g, s, e) are changed in place.
+    """
+    batch = torch.arange(len(rows.write), device=q.device)
+    keys[batch, :, rows.write], values[batch, :, rows.write] = k[:, :, 0], v[:, :, 0]
+    slot = torch.arange(keys.shape[2], device=q.device)
+    first = slot < rows.first_end[:, None]
+    second = (slot >= rows.second_start[:, None]) & (slot < rows.second_end[:, None])
+    seen = first | second | (slot == rows.write[:, None])  # (b, s)
+    return attention(q, keys, values, mask=seen[:, None, None])
+
+
+def block_step_reference(
+    block: Block, x: Tensor, keys: Tensor, values: Tensor, rows: Rows, rope: Rope
+) -> Tensor:
+    """`block_step` in plain PyTorch. x (b, d) -> (b, d); rope tables (ids, e/2)."""
+    cos_sin = tuple(table[rows.rope_id][:, None] for table in rope)  # (b, 1, e/2)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return decode_attention_reference(q, k, v, keys, values, rows)
+
+    return block(x[:, None], cos_sin, attend)[:, 0]
+
+
+def block_step(
+    block: Block, x: Tensor, keys: Tensor, values: Tensor, rows: Rows, rope: Rope
+) -> Tensor:
+    """One transformer block for one token per sequence, on the Triton kernels. x (b, d) -> (b, d)."""
+    from cat_bench import kernels
+
+    qkv = F.linear(rms_norm(x, block.attn_norm), block.qkv.weight)
+    kv_width = block.num_kv_heads * HEAD_WIDTH
+    q, k, v = qkv.split([block.num_heads * HEAD_WIDTH, kv_width, kv_width], dim=-1)
+    if block.q_norm is not None:
+        q = block.q_norm(q.unflatten(-1, (-1, HEAD_WIDTH))).flatten(1)
+        k = block.k_norm(k.unflatten(-1, (-1, HEAD_WIDTH))).flatten(1)
+    o = kernels.decode_attention(q, k, v, keys, values, rows, rope)
+    x = torch.addmm(x, o, block.attn_out.weight.T)  # the residual rides in the matmul's epilogue
+    h = rms_norm(x, block.mlp_norm)
+    gated = kernels.swiglu(F.linear(h, block.w1.weight), F.linear(h, block.w3.weight))
+    return torch.addmm(x, gated, block.w2.weight.T)
+
+
+def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """RMSNorm of (b, d) in one kernel."""
+    from cat_bench import kernels
+
+    return kernels.rms_norm(x, norm.weight, norm.eps)
+
+
+class CapturedStep:
+    """A decoding step as one CUDA graph with two inputs: the tokens and the row to write.
+
+    `run(token (b,), row (b,)) -> logits (b, v)` must not touch host values. The logits live in the
+    graph's own memory: the next call overwrites them.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor], Tensor],
+        batch_size: int,
+        device: torch.device,
+        first_row: int = 0,
+        pool: tuple[int, int] | None = None,
+    ):
+        self.token = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.row = torch.full_like(self.token, first_row)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles kernels, makes cuBLAS choose; not captured
+                for _ in range(2):
+                    run(self.token, self.row)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.logits = run(self.token, self.row)
+
+    def __call__(self, token: Tensor, row: int | Tensor) -> Tensor:
+        self.token.copy_(token)
+        if isinstance(row, int):
+            self.row.fill_(row)
+        else:
+            self.row.copy_(row)
+        self.graph.replay()
+        return self.logits

@@ -1,0 +1,188 @@
+"""Triton kernels of the decode path `cuda_graph`; each one's reference is named beside it.
+
+A decoding step is bound by memory: the cache is read once, at the live length and not at its
+allocated one, and the small operations around the matmuls take one launch each.
+
+Shapes: b batch, h query heads, g key-value heads, e head width (64), s cache rows, d width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cat_bench.blocks import HEAD_WIDTH, Rope
+from cat_bench.graph import Rows
+
+BLOCK = 64  # cache rows a tile
+WARPS = 4
+STAGES = 3
+PROGRAMS_WANTED = 1024  # about 8 per multiprocessor of an H100 or H200; below it, split the rows
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: Rows, rope: Rope
+) -> Tensor:
+    """Rotate q and k, write k and v into the cache, attend: one launch (two where rows are split).
+
+    Reference: graph.decode_attention_reference. q (b, h e), k and v (b, g e), not yet rotated, last
+    dimension contiguous; keys, values (b, g, s, e) changed in place; rope tables (ids, e/2) float32.
+    Returns (b, h e) in q's dtype. Softmax and sums are float32.
+    """
+    batch_size, num_heads, num_kv = len(q), q.shape[1] // HEAD_WIDTH, keys.shape[1]
+    splits = max(1, PROGRAMS_WANTED // (batch_size * num_heads))
+    splits = min(splits, triton.cdiv(keys.shape[2], 2 * BLOCK), 64)
+    splits = 2 ** (splits.bit_length() - 1)  # the combining kernel holds them in one tile
+    out = torch.empty(batch_size, num_heads * HEAD_WIDTH, dtype=q.dtype, device=q.device)
+    partial = q.new_empty(batch_size * num_heads, splits, HEAD_WIDTH + 2, dtype=torch.float32)
+    _attend_kernel[(batch_size * num_heads, splits)](
+        q, k, v, keys, values, *rope, out, partial, *rows,
+        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1),
+        HEADS=num_heads, GROUP=num_heads // num_kv, SPLITS=splits, BLOCK=BLOCK, E=HEAD_WIDTH,
+        STAGES=STAGES, num_warps=WARPS,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(batch_size * num_heads,)](partial, out, SPLITS=splits, E=HEAD_WIDTH)
+    return out
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, out_ptr, partial_ptr,
+    write_ptr, rope_ptr, first_end_ptr, second_start_ptr, second_end_ptr,
+    q_stride, k_stride, v_stride, cache_stride_b, cache_stride_h,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One query head of one sequence, one share of the rows; share 0 also takes the own row."""
+    head, split = tl.program_id(0) % HEADS, tl.program_id(1)
+    b = (tl.program_id(0) // HEADS).to(tl.int64)
+    kv_head = head // GROUP
+    e = tl.arange(0, E)
+    rope_id = tl.load(rope_ptr + b)
+    cos = tl.load(cos_ptr + rope_id * (E // 2) + e % (E // 2))
+    sin = tl.load(sin_ptr + rope_id * (E // 2) + e % (E // 2))
+    sin = tl.where(e < E // 2, -sin, sin)
+    dtype = keys_ptr.dtype.element_ty
+    q = _rotated(q_ptr + b * q_stride + head * E, cos, sin, E).to(dtype).to(tl.float32)
+    q *= 1.4426950408889634 / tl.sqrt(E * 1.0)  # scale, and log2(e) for exp2
+    k = _rotated(k_ptr + b * k_stride + kv_head * E, cos, sin, E).to(dtype)
+    v = tl.load(v_ptr + b * v_stride + kv_head * E + e)
+    keys_ptr += b * cache_stride_b + kv_head * cache_stride_h
+    values_ptr += b * cache_stride_b + kv_head * cache_stride_h
+
+    first_end = tl.load(first_end_ptr + b).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(first_end, SPLITS), BLOCK) * BLOCK
+    start = split * share
+    if split == 0:
+        write = tl.load(write_ptr + b)
+        tl.store(keys_ptr + write * E + e, k)
+        tl.store(values_ptr + write * E + e, v)
+        best = tl.sum(q * k.to(tl.float32))
+        total = 1.0
+        acc = v.to(tl.float32)
+        low = tl.load(second_start_ptr + b).to(tl.int32)
+        high = tl.load(second_end_ptr + b).to(tl.int32)
+        best, total, acc = _attend_rows(
+            q, keys_ptr, values_ptr, low, high, best, total, acc, BLOCK, E, 1
+        )
+    else:
+        best = float("-inf")
+        total = 0.0
+        acc = tl.zeros([E], tl.float32)
+    end = tl.minimum(start + share, first_end)
+    best, total, acc = _attend_rows(
+        q, keys_ptr, values_ptr, start, end, best, total, acc, BLOCK, E, STAGES
+    )
+    if SPLITS == 1:
+        tl.store(out_ptr + tl.program_id(0) * E + e, (acc / total).to(out_ptr.dtype.element_ty))
+    else:
+        partial_ptr += (tl.program_id(0) * SPLITS + split) * (E + 2)
+        tl.store(partial_ptr + e, acc)
+        tl.store(partial_ptr + E, best)
+        tl.store(partial_ptr + E + 1, total)
+
+
+@triton.jit
+def _rotated(x_ptr, cos, sin, E: tl.constexpr):
+    """Half-split RoPE of one head: x cos + (x with halves swapped) (-sin, sin)."""
+    e = tl.arange(0, E)
+    x = tl.load(x_ptr + e).to(tl.float32)
+    swapped = tl.load(x_ptr + (e + E // 2) % E).to(tl.float32)
+    return x * cos + swapped * sin
+
+
+@triton.jit
+def _attend_rows(
+    q, keys_ptr, values_ptr, start, end, best, total, acc,
+    BLOCK: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over cache rows start .. end - 1; reads nothing past them."""
+    e = tl.arange(0, E)
+    for low in tl.range(start, end, BLOCK, num_stages=STAGES):
+        row = low + tl.arange(0, BLOCK)
+        inside = row < end
+        k = tl.load(keys_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
+        v = tl.load(values_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
+        score = tl.sum(k.to(tl.float32) * q, axis=1)
+        score = tl.where(inside, score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score))
+        weight = tl.exp2(score - new_best)
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weight)
+        acc = acc * shrink + tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
+        best = new_best
+    return best, total, acc
+
+
+@triton.jit
+def _combine_kernel(partial_ptr, out_ptr, SPLITS: tl.constexpr, E: tl.constexpr):
+    """Merge the shares of one head by their maxima and sums."""
+    e, split = tl.arange(0, E), tl.arange(0, SPLITS)
+    partial_ptr += tl.program_id(0) * SPLITS * (E + 2)
+    acc = tl.load(partial_ptr + split[:, None] * (E + 2) + e)
+    best = tl.load(partial_ptr + split * (E + 2) + E)
+    total = tl.load(partial_ptr + split * (E + 2) + E + 1)
+    weight = tl.exp2(best - tl.max(best))  # an empty share has best = -inf: weight 0
+    out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight)
+    tl.store(out_ptr + tl.program_id(0) * E + e, out.to(out_ptr.dtype.element_ty))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean x^2 + eps) * weight, computed in float32. (b, d). Reference: F.rms_norm."""
+    out = torch.empty_like(x)
+    width = x.shape[1]
+    _rms_norm_kernel[(len(x),)](
+        x, weight, out, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    row = tl.program_id(0) * width
+    x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+    out = (x * scale * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row + column, out, mask=inside)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in one launch; contiguous, equal shapes. Reference: F.silu(gate) * up."""
+    out = torch.empty_like(gate)
+    grid = (triton.cdiv(gate.numel(), 1024),)
+    _swiglu_kernel[grid](gate, up, out, gate.numel(), BLOCK=1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    gate = tl.load(gate_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,666 @@
+"""Rows of a store -> tables: terminal, JSON, CSV, Markdown, LaTeX, one-file HTML. No torch.
+
+Everything here is a pure function of stored rows, so it works on any laptop. Rows hold SI units and
+stay so in JSON and CSV; GiB and % appear only in print. Ratios carry an interval of their own
+(stats.py), a case that did not end well shows its status instead of a number, and one machine line
+stands over every table (design.md 8).
+
+Where to look: `run_table` is `cat-bench show`, `case_text` is `show --case`, `compare_table` is
+`compare`, `report_text` is `report`. All of them make a `Table`, and the functions at the end
+print one.
+"""
+
+import csv
+import difflib
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table as RichTable
+from tabulate import tabulate
+
+from cat_bench import stats, store
+from cat_bench.errors import UserError
+
+GIB = 2**30
+SAME_SETTING = ["suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"]
+MIN_CHANGE = 0.03  # a smaller change is noise: 3 % is also the drift that flags a run
+MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
+FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
+
+
+class Column(NamedTuple):
+    """One printed column: which SI values it takes from a row, and how they are written."""
+
+    title: str
+    keys: tuple[str, ...]
+    write: Callable[..., str]
+    best: Callable[[pd.Series], float] | None = None  # min or max of the first key is set in bold
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: pd.DataFrame  # SI values: what JSON and CSV hold
+    text: pd.DataFrame  # the same as print shows it, all strings
+    heading: str = ""  # machine and settings, one line
+    notes: tuple[str, ...] = ()  # definitions and warnings, one line each
+    best: pd.DataFrame | None = None  # booleans, the shape of `text`
+    title: str = ""
+    num_worse: int = 0  # regressions: `compare` exits with 4 where there are any
+
+
+# Writing single values
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """Plain notation with so many significant digits, never fewer than the integer part has."""
+    if not math.isfinite(value):
+        return "-"
+    whole = 1 if value == 0 else math.floor(math.log10(abs(value))) + 1
+    return f"{value:,.{max(0, significant - whole)}f}"
+
+
+def gib(value: float) -> str:
+    return digits(value / GIB)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    return f"{digits(value)} [{digits(low)}, {digits(high)}]"
+
+
+def faster(ratio: float, low: float, high: float, words: tuple[str, str] = ("faster", "slower")):
+    """A speed-up with its interval; below 1 it is turned round, so that x always means times."""
+    if ratio == 1:
+        return "1.00x"
+    word = words[0]
+    if ratio < 1:
+        ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, words[1]
+    return f"{ratio:.2f}x {word} [{low:.2f}, {high:.2f}]"
+
+
+def whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+# Rows: one per closed case, with what follows from its samples
+
+
+def is_reference(settings: Iterable) -> bool:
+    """Whether a case exists only to watch the machine drift; no table shows those."""
+    return any(name == "reference" for name, _ in settings)
+
+
+def closed_rows(records: pd.DataFrame) -> pd.DataFrame:
+    """One row per (run, case) that has ended: Case fields, a column per metric and its samples."""
+    rows = []
+    for _, case in records.groupby(["run", "case"], sort=False):
+        closing = case[case["metric"] == "case"]
+        if closing.empty:
+            continue
+        row = closing.iloc[-1].drop(["metric", "value", "unit", "samples"]).to_dict()
+        for record in case[case["metric"] != "case"].itertuples():
+            row[record.metric] = record.value
+            row[f"{record.metric}.samples"] = record.samples
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measured(records: pd.DataFrame) -> pd.DataFrame:
+    """`closed_rows` without drift references, plus intervals, floor share and ratios to Dense."""
+    rows = closed_rows(records)
+    if rows.empty:
+        return rows
+    rows = rows[~rows["settings"].map(is_reference)].reset_index(drop=True)
+    if "latency_s.samples" in rows:
+        rows = _with_intervals(rows)
+        rows = _with_dense_ratios(rows)
+    if {"floor_s", "latency_s"} <= set(rows):
+        rows["floor_share"] = rows["floor_s"] / rows["latency_s"]
+    return rows
+
+
+def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds latency_s_low, latency_s_high and n (repeats)."""
+    rows = rows.copy()
+    for index, samples in rows["latency_s.samples"].items():
+        if isinstance(samples, list) and samples:
+            interval = stats.summary(samples)
+            rows.loc[index, ["latency_s_low", "latency_s_high"]] = interval.low, interval.high
+            rows.loc[index, "n"] = len(samples)
+    return rows
+
+
+def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds speedup (Dense seconds / seconds) with its interval, memory_ratio and state_ratio."""
+    rows = rows.copy()
+    for index, row in rows.iterrows():
+        dense = dense_of(rows, row)
+        if dense is None or not _samples(row) or not _samples(dense):
+            continue
+        if dense.name == index:
+            interval = stats.Interval(1.0, 1.0, 1.0, len(_samples(row)))
+        else:
+            interval = stats.ratio(_samples(dense), _samples(row))
+        names = ["speedup", "speedup_low", "speedup_high"]
+        rows.loc[index, names] = interval.median, interval.low, interval.high
+        for name, metric in (("memory_ratio", "peak_allocated_bytes"), ("state_ratio", "state_bytes")):
+            if metric in rows:
+                rows.loc[index, name] = dense[metric] / row[metric]
+    return rows
+
+
+def dense_of(rows: pd.DataFrame, row: pd.Series) -> pd.Series | None:
+    """The Dense row that `row` is compared with: same setting, same decode path where there is one."""
+    dense = rows[rows["label"].str.startswith("Dense") & ~rows["label"].str.startswith("Dense-2D")]
+    for name in SAME_SETTING:
+        dense = dense[dense[name] == row[name]]
+    if dense.empty:
+        return None
+    same_path = dense[dense["decode_path"] == row["decode_path"]]
+    return (dense if same_path.empty else same_path).iloc[0]
+
+
+def _samples(row: pd.Series) -> list[float]:
+    """Latency samples; empty where a case has none (pandas then holds NaN)."""
+    samples = row.get("latency_s.samples")
+    return samples if isinstance(samples, list) else []
+
+
+# Tables
+
+
+def table(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str] = ()) -> Table:
+    """Print `columns` of `rows`; the best of each group of equal `by` is marked.
+
+    A case with another status than ok shows it in the first column that lacks its value.
+    """
+    columns = [c for c in columns if set(c.keys) & set(rows.columns)]
+    keys = list(dict.fromkeys(key for c in columns for key in c.keys))
+    rows = rows.reset_index(drop=True).reindex(columns=list(dict.fromkeys([*rows.columns, *keys])))
+    text = pd.DataFrame([_line(row, columns) for _, row in rows.iterrows()])
+    text = text.reindex(columns=[c.title for c in columns])
+    marks = [name for name in ("status", "error") if name in rows]
+    return Table(rows[keys + [m for m in marks if m not in keys]], text, best=_best(rows, columns, by))
+
+
+def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
+    status, cells = row.get("status", "ok"), {}
+    for column in columns:
+        values = [row[key] for key in column.keys]
+        if not any(pd.isna(value) for value in values):
+            cells[column.title] = column.write(*values)
+        else:
+            cells[column.title] = "-" if status in ("ok", "") else str(status)
+            status = ""  # said once per row
+    return cells
+
+
+def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> pd.DataFrame:
+    """True where a cell is the best of its group; a group of one has no best."""
+    best = pd.DataFrame(False, index=rows.index, columns=[c.title for c in columns])
+    groups = rows.groupby(list(by), sort=False).groups.values() if by else [rows.index]
+    for column in (c for c in columns if c.best):
+        for group in groups:
+            values = rows.loc[group, column.keys[0]].dropna()
+            if len(values) > 1:
+                best.loc[values.index[values == column.best(values)], column.title] = True
+    return best
+
+
+EFFICIENCY_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    Column("latency s [95 % CI]", ("latency_s", "latency_s_low", "latency_s_high"), with_interval, min),
+    Column("tok/s", ("tokens_per_s",), digits, max),
+    Column("peak GiB", ("peak_allocated_bytes",), gib, min),
+    Column("state GiB", ("state_bytes",), gib, min),
+    Column("vs Dense", ("speedup", "speedup_low", "speedup_high"), faster),
+    Column("% of floor", ("floor_share",), percent),
+    Column("n", ("n",), whole),
+)
+OTHER_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("suite", ("suite",), str),
+    Column("seed", ("seed",), whole),
+)
+DEFINITIONS = (
+    "latency = median time of a whole generation, prefill included; tok/s = batch x new tokens / "
+    "decode time; n = repeats.",
+    "peak = max allocated. state = by formula. vs Dense = median Dense latency / median latency, "
+    "same setting, 95 % interval.",
+    "floor = least time by bytes and FLOPs at ceilings measured in the same run; % of floor = floor "
+    "/ latency.",
+)
+
+
+def run_table(run: store.Run) -> Table:
+    """What `cat-bench show` prints: all closed cases of one run."""
+    made = records_table(store.frame([run]), machine_line(run.environment))
+    num_open = len(run.cases()) - len(run.closed())
+    if num_open:
+        unfinished = f"{num_open} of {len(run.cases())} cases have not run: continue with --resume."
+        made = replace(made, notes=(*made.notes, unfinished))
+    return replace(made, title=run.name)
+
+
+def records_table(records: pd.DataFrame, machine: str) -> Table:
+    """The efficiency table; suites that measure no latency get one column per metric."""
+    rows = measured(records)
+    if rows.empty:
+        return Table(rows, pd.DataFrame(), machine, ("No case is closed yet.",))
+    efficiency = "latency_s" in rows
+    columns = EFFICIENCY_COLUMNS if efficiency else OTHER_COLUMNS + _metric_columns(records)
+    by = ["batch_size", "seq_len"]
+    rows = rows.sort_values([*by, "run"], kind="stable") if efficiency else rows
+    made = table(rows, columns, by)
+    notes = (*(DEFINITIONS if efficiency else ()), *failures(rows), *warnings(rows, records))
+    return replace(made, heading=" · ".join([machine, *_settings_line(rows)]), notes=notes)
+
+
+def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
+    metrics = [m for m in records["metric"].unique() if m != "case"]
+    return tuple(Column(metric, (metric,), digits) for metric in metrics)
+
+
+def _settings_line(rows: pd.DataFrame) -> list[str]:
+    """What all rows share is said once, above the table; what differs is listed."""
+    parts = [", ".join(dict.fromkeys(rows[name])) for name in ("dtype", "decode_path")]
+    prompts = sorted(set(rows["prompt_len"]))
+    parts.append(f"prompt {', '.join(str(p) for p in prompts)} tokens")
+    if "smoke" in set(rows["scale"]):
+        parts.append("smoke scale: proves the pipeline, numbers are meaningless")
+    return parts
+
+
+def failures(rows: pd.DataFrame) -> tuple[str, ...]:
+    """One note per case that failed or is unsupported, with the last line of its error."""
+    bad = rows[rows["status"].isin(["failed", "unsupported"])]
+    return tuple(
+        f"{row.status}: {row.label}, batch {row.batch_size}, length {row.seq_len}: "
+        f"{str(row.error or 'no message').strip().splitlines()[-1]} (case {row.case})"
+        for row in bad.itertuples()
+    )
+
+
+def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
+    """What makes numbers doubtful: drift between repeats or over the run, two clocks that disagree."""
+    found = []
+    for _, row in rows.iterrows():
+        name = f"{row['label']}, batch {row['batch_size']}, length {row['seq_len']}"
+        samples = _samples(row)
+        if len(samples) >= 3 and abs(stats.drift(samples)) > MIN_CHANGE:
+            found.append(f"warning: {name}: repeats drift by {100 * stats.drift(samples):+.1f} %.")
+        host, device = row.get("host_latency_s"), row.get("latency_s")
+        if row["device"] == "cuda" and pd.notna(host) and abs(host / device - 1) > MAX_CLOCK_GAP:
+            gap = 100 * (host / device - 1)
+            found.append(f"warning: {name}: host clock differs from CUDA events by {gap:+.1f} %.")
+    return (*found, *_reference_drift(records))
+
+
+def _reference_drift(records: pd.DataFrame) -> list[str]:
+    """The reference case at the start against the one at the end, per run."""
+    rows = closed_rows(records)
+    rows = rows[rows["settings"].map(is_reference) & (rows["status"] == "ok")]
+    notes = []
+    for run, group in rows.groupby("run", sort=False):
+        if len(group) < 2:
+            continue
+        first, last = (group.sort_values("at")["latency_s"].iloc[i] for i in (0, -1))
+        drift = last / first - 1
+        word = "warning: " if abs(drift) > MIN_CHANGE else ""
+        notes.append(
+            f"{word}reference case of {run}: {digits(first)} s first, {digits(last)} s last, "
+            f"drift {100 * drift:+.1f} %."
+        )
+    return notes
+
+
+def machine_line(environment: dict) -> str:
+    """One line for the head of a table. The environment module wrote it when the run began."""
+    return environment.get("machine_line") or "unknown machine"
+
+
+def case_text(run: store.Run, key: str) -> str:
+    """Every metric and sample of one case, then the environment (`show RUN --case KEY`)."""
+    cases = run.cases()
+    keys = [known for known in cases if known.startswith(key)]
+    if len(keys) != 1:
+        near = difflib.get_close_matches(key, cases, n=3, cutoff=0.3)
+        what = "matches several cases" if keys else "is no case"
+        hint = f"Near: {', '.join(keys[:5] or near or list(cases)[:5])}."
+        raise UserError(f"'{key}' {what} of {run.name}, which has {len(cases)} cases.", hint)
+    case, records = cases[keys[0]], run.records()
+    lines = [f"case {case.key} of {run.name}", *_dict_lines(vars(case))]
+    for record in records[records["case"] == case.key].itertuples():
+        value = "-" if pd.isna(record.value) else f"{record.value:.6g}"
+        lines.append(f"{record.metric}: {value} {record.unit}  {record.status}".rstrip())
+        if record.samples:
+            lines.append("  samples: " + ", ".join(f"{sample:.6g}" for sample in record.samples))
+        if record.error and isinstance(record.error, str):
+            lines.append("  " + record.error.strip().replace("\n", "\n  "))
+    return "\n".join([*lines, "environment", *_dict_lines(run.environment)])
+
+
+def _dict_lines(values: dict) -> list[str]:
+    return [f"  {name}: {json.dumps(value, default=str)}" for name, value in values.items()]
+
+
+# Comparison of two runs
+
+
+def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = False) -> Table:
+    """`compare A B`: equal cases of both, latency of B over A with an interval, and a mark.
+
+    + worse, - better, ~ within noise, ! newly failing, x not comparable. Raises UserError where the
+    runs come from different GPUs, unless ratios to Dense are asked for.
+    """
+    rows_a, rows_b = (measured(store.frame([run])) for run in (run_a, run_b))
+    devices = [_device(rows) for rows in (rows_a, rows_b)]
+    if devices[0] != devices[1] and not across_machines:
+        raise UserError(
+            f"runs {run_a.name} ({devices[0]}) and {run_b.name} ({devices[1]}) come from different "
+            "machines; their seconds are not comparable.",
+            "Compare ratios with --across-machines.",
+        )
+    compare_case = _compare_ratios if across_machines else _compare_seconds
+    lines = [_compare(a, b, compare_case) for a, b in _pairs(rows_a, rows_b)]
+    rows = pd.DataFrame(lines)
+    num_worse = int(rows["mark"].isin(["+", "!"]).sum()) if lines else 0
+    heading = f"{run_a.name}: {devices[0]} · {run_b.name}: {devices[1]}"
+    return replace(
+        table(rows, COMPARE_COLUMNS) if lines else Table(rows, pd.DataFrame()),
+        heading=heading,
+        notes=(_verdict(rows, num_worse), *_compare_notes(rows, across_machines)),
+        num_worse=num_worse,
+    )
+
+
+COMPARE_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    Column("change", ("change",), str),
+    Column("ratio [95 % CI]", ("factor", "factor_low", "factor_high"), faster),
+    Column("mark", ("mark",), str),
+    Column("remark", ("remark",), str),
+)
+
+
+def _device(rows: pd.DataFrame) -> str:
+    return ", ".join(dict.fromkeys(rows["device_name"].fillna("unknown"))) if len(rows) else "no case"
+
+
+def _pairs(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> list[tuple]:
+    """(row of A or None, row of B or None) for each case of either."""
+    by_key = [{row["case"]: row for _, row in rows.iterrows()} for rows in (rows_a, rows_b)]
+    keys = dict.fromkeys([*by_key[0], *by_key[1]])
+    return [(by_key[0].get(key), by_key[1].get(key)) for key in keys]
+
+
+def _compare(a: pd.Series | None, b: pd.Series | None, compare_case: Callable) -> dict[str, Any]:
+    row = a if b is None else b
+    line = {name: row[name] for name in ("label", "batch_size", "seq_len", "case")}
+    line |= {"change": "-", "factor": None, "factor_low": None, "factor_high": None, "remark": ""}
+    if a is None or b is None:
+        return line | {"mark": "x", "remark": f"only in {'the second' if a is None else 'the first'}"}
+    if a["status"] == "ok" and b["status"] != "ok":
+        return line | {"mark": "!", "change": f"ok -> {b['status']}"}
+    if b["status"] != "ok" or a["status"] != "ok":
+        mark = "-" if b["status"] == "ok" else "x"
+        return line | {"mark": mark, "change": f"{a['status']} -> {b['status']}"}
+    if not _samples(a) or not _samples(b):
+        return line | {"mark": "x", "remark": "no latency"}
+    return line | compare_case(a, b)
+
+
+def _compare_seconds(a: pd.Series, b: pd.Series) -> dict[str, Any]:
+    """`factor` = seconds of A / seconds of B: above 1, B is faster."""
+    factor = stats.ratio(_samples(a), _samples(b))
+    verdict = stats.separable(_samples(a), _samples(b))
+    sure = verdict.separable and abs(factor.median - 1) > MIN_CHANGE
+    return {
+        "change": f"{digits(a['latency_s'])} s -> {digits(b['latency_s'])} s",
+        **_factor(factor.median, factor.low, factor.high),
+        "mark": ("-" if factor.median > 1 else "+") if sure else "~",
+        "remark": verdict.text if verdict.too_few else "",
+    }
+
+
+def _compare_ratios(a: pd.Series, b: pd.Series) -> dict[str, Any]:
+    """Across machines only speed-ups over Dense of the same machine can be set side by side."""
+    if pd.isna(a.get("speedup")) or pd.isna(b.get("speedup")):
+        return {"mark": "x", "remark": "no Dense row of the same setting"}
+    factor = b["speedup"] / a["speedup"]
+    low, high = b["speedup_low"] / a["speedup_high"], b["speedup_high"] / a["speedup_low"]
+    sure = not low <= 1 <= high and abs(factor - 1) > MIN_CHANGE
+    return {
+        "change": f"{a['speedup']:.2f}x -> {b['speedup']:.2f}x Dense",
+        **_factor(factor, low, high),
+        "mark": ("-" if factor > 1 else "+") if sure else "~",
+    }
+
+
+def _factor(factor: float, low: float, high: float) -> dict[str, float]:
+    return {"factor": factor, "factor_low": low, "factor_high": high}
+
+
+def _verdict(rows: pd.DataFrame, num_worse: int) -> str:
+    if rows.empty:
+        return "The two runs share no case."
+    num_both = int((rows["mark"] != "x").sum())
+    return f"{num_worse} of {num_both} comparable cases got worse."
+
+
+def _compare_notes(rows: pd.DataFrame, across_machines: bool) -> tuple[str, ...]:
+    marks = "+ worse, - better, ~ within noise, ! newly failing, x not comparable."
+    rule = f"A change counts from {100 * MIN_CHANGE:.0f} % and where the samples tell the runs apart."
+    if across_machines:
+        rule = "Different machines: speed-ups over Dense are compared, never seconds. " + rule
+    return (marks, rule)
+
+
+# Reports over several runs, with the paper's values beside ours
+
+
+def report_text(runs: Sequence[store.Run], form: str, published: Sequence = ()) -> str:
+    """`cat-bench report`: one table of all runs, in one of FORMATS."""
+    if form not in FORMATS:
+        raise UserError(f"unknown format '{form}'.", f"Available: {', '.join(FORMATS)}.")
+    machines = list(dict.fromkeys(machine_line(run.environment) for run in runs))
+    made = records_table(store.frame(list(runs)), " | ".join(machines))
+    made = replace(made, title=", ".join(run.name for run in runs))
+    if published and len(made.rows):
+        made = with_published(made, published)
+    if form == "html":
+        section = Section(made.title, table=made)
+        return html_page("cat-bench report", [section], [run.environment for run in runs])
+    return WRITERS[form](made)
+
+
+def published_ratios(points: Iterable, metric: str) -> dict[tuple[str, int, int], tuple[float, str]]:
+    """(label, batch size, length) -> (the paper's Dense / row, kind), from points with coordinates."""
+    values: dict[tuple[str, int, int], Any] = {}
+    for point in points:
+        if point.metric == metric and {"batch_size", "seq_len"} <= set(point.x):
+            key = (point.row, int(point.x["batch_size"]), int(point.x["seq_len"]))
+            values.setdefault(key, point)
+    return {
+        key: (values["Dense", *key[1:]].value / point.value, point.kind)
+        for key, point in values.items()
+        if ("Dense", *key[1:]) in values
+    }
+
+
+def with_published(made: Table, points: Sequence) -> Table:
+    """Adds the paper's speed-up over Dense: another GPU, so ratios are all that can be compared."""
+    ratios = published_ratios(points, "latency_s")
+    keys = zip(made.rows["label"], made.rows["batch_size"], made.rows["seq_len"], strict=True)
+    found = [ratios.get((label, int(batch), int(length))) for label, batch, length in keys]
+    text, rows = made.text.copy(), made.rows.copy()
+    text["paper (A100)"] = [f"{r[0]:.2f}x {r[1]}" if r else "-" for r in found]
+    rows["published_speedup"] = [r[0] if r else math.nan for r in found]
+    best = made.best.assign(**{"paper (A100)": False}) if made.best is not None else None
+    note = "paper = ratio to Dense on an A100 80GB PCIe: compare ratios only."
+    return replace(made, text=text, rows=rows, best=best, notes=(*made.notes, note))
+
+
+# Writers: one string per format
+
+
+def terminal(made: Table, width: int | None = None) -> str:
+    """For people: aligned columns, no boxes. Fits `width`, by default as wide as it needs."""
+    rich_table = RichTable(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for number, title in enumerate(made.text.columns):
+        rich_table.add_column(title, justify="right" if _numeric(made.text[title]) else "left")
+        rich_table.columns[number].no_wrap = width is None
+    for row in made.text.itertuples(index=False):
+        rich_table.add_row(*(html_free(cell) for cell in row))
+    stream = io.StringIO()
+    console = Console(file=stream, width=width or 400, color_system=None, highlight=False)
+    console.print(rich_table)
+    body = [line.rstrip() for line in stream.getvalue().splitlines()]
+    return "\n".join([*filter(None, [made.title, made.heading]), *body, *made.notes])
+
+
+def html_free(cell: str) -> str:
+    """Brackets are markup to rich: intervals must survive."""
+    return cell.replace("[", r"\[")
+
+
+def _numeric(column: pd.Series) -> bool:
+    return all(cell[:1].isdigit() or cell in ("-", "oom") for cell in column)
+
+
+def as_json(made: Table) -> str:
+    """One document: SI rows, heading, notes. NaN becomes null."""
+    rows = [
+        {name: _plain(value) for name, value in row.items()}
+        for row in made.rows.to_dict(orient="records")
+    ]
+    document = {"title": made.title, "machine": made.heading, "rows": rows, "notes": made.notes}
+    return json.dumps(document, indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no NumPy."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_csv(made: Table) -> str:
+    stream = io.StringIO()
+    made.rows.to_csv(stream, index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    return stream.getvalue()
+
+
+def as_markdown(made: Table) -> str:
+    """A pipe table with the best of each group in bold."""
+    text = made.text.map(lambda cell: cell.replace("|", r"\|"))
+    if made.best is not None:
+        text = text.where(~made.best, "**" + text + "**")
+    align = ["right" if _numeric(made.text[title]) else "left" for title in text.columns]
+    body = tabulate(
+        text.values.tolist(), list(text.columns), "pipe", colalign=align, disable_numparse=True
+    )
+    head = [f"**{made.title}**", ""] if made.title else []
+    machine = [made.heading, ""] if made.heading else []
+    notes = ["", *(f"- {note}" for note in made.notes)] if made.notes else []
+    return "\n".join([*head, *machine, body, *notes]) + "\n"
+
+
+def as_latex(made: Table) -> str:
+    """A booktabs table, ready for \\input; the best of each group in bold."""
+    style = made.text.style.hide(axis="index").format(escape="latex")
+    style = style.format_index(escape="latex", axis="columns")
+    if made.best is not None and len(made.text):
+        bold = made.best.map(lambda best: "textbf:--rwrap;" if best else "")
+        style = style.apply(lambda _: bold, axis=None)
+    align = "".join("r" if _numeric(made.text[title]) else "l" for title in made.text.columns)
+    comments = [f"% {line}" for line in (made.title, made.heading, *made.notes) if line]
+    return "\n".join(comments) + "\n" + style.to_latex(hrules=True, column_format=align)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One exhibit or run on an HTML page."""
+
+    title: str
+    status: str = ""
+    table: Table | None = None
+    svgs: tuple[str, ...] = ()  # inline drawings, written by figures.py
+    remarks: tuple[str, ...] = ()
+    anchor: str = ""
+    rows: list = field(default_factory=list)
+
+
+def html_page(title: str, sections: Sequence[Section], environments: Sequence[dict]) -> str:
+    """One file that needs no network: tables, drawings, and at the foot environment and command."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    engine = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    filled = [replace(section, rows=_html_rows(section.table)) for section in sections]
+    return engine.get_template("report.html.j2").render(
+        title=title,
+        sections=filled,
+        drawings={s.title: [Markup(inline_svg(svg)) for svg in s.svgs] for s in sections},
+        environments=[
+            {"machine": machine_line(e), "command": _command(e), "items": _dict_lines(e)}
+            for e in environments
+        ],
+    )
+
+
+def _html_rows(made: Table | None) -> list[list[tuple[str, bool, bool]]]:
+    """(text, is best, is a number) of each cell."""
+    if made is None:
+        return []
+    numeric = [_numeric(made.text[title]) for title in made.text.columns]
+    best = made.best.values.tolist() if made.best is not None else None
+    return [
+        [
+            (cell, bool(best and best[row][column]), numeric[column])
+            for column, cell in enumerate(cells)
+        ]
+        for row, cells in enumerate(made.text.values.tolist())
+    ]
+
+
+def _command(environment: dict) -> str:
+    command = environment.get("command", "")
+    return command if isinstance(command, str) else " ".join(command)
+
+
+def inline_svg(svg: str) -> str:
+    """The <svg> element alone: an XML declaration is not allowed inside HTML."""
+    return svg[svg.index("<svg") :]
+
+
+def as_html(made: Table) -> str:
+    """One page with this table and nothing else."""
+    return html_page(html.unescape(made.title or "cat-bench"), [Section(made.title, table=made)], [])
+
+
+WRITERS: dict[str, Callable[[Table], str]] = {
+    "table": terminal,
+    "json": as_json,
+    "csv": as_csv,
+    "markdown": as_markdown,
+    "latex": as_latex,
+    "html": as_html,
+}

@@ -1,0 +1,425 @@
+"""What `-a` takes: a file name and settings, "cat:chunk_size=8". The directory is the registry.
+
+Architectures, suites and exhibits are found by file name and read with `ast`: nothing is imported,
+so a missing package or GPU breaks nothing, and `cat-bench list` is quick.
+
+    parse("cat-8:max_len=4096").text     -> "cat:chunk_size=8,max_len=4096", less defaults
+    parse("path/to/mine.py:width=512")   -> a user's own file, which needs no installation
+"""
+
+import ast
+import difflib
+import importlib.util
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cat_bench.errors import UserError
+
+Value = int | float | str | bool | None
+
+PACKAGE = Path(__file__).resolve().parent
+BASELINES = PACKAGE.parent / "baselines"
+SUITE_FOLDERS = {
+    "cat_bench.suites": PACKAGE / "suites",
+    "recall_tasks": PACKAGE.parent / "recall_tasks",
+}
+EXHIBITS = PACKAGE / "paper"
+NO_DEFAULT = object()  # a field whose default is absent or no literal
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An architecture's name and the settings that differ from its defaults, sorted by key."""
+
+    name: str  # "cat", or a path that ends in .py
+    overrides: dict[str, Value] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def text(self) -> str:
+        """The canonical text: parse(spec.text) == spec, and equal specs have equal texts."""
+        settings = ",".join(f"{key}={_print(value)}" for key, value in self.overrides.items())
+        return f"{self.name}:{settings}" if settings else self.name
+
+
+class Source(NamedTuple):
+    name: str
+    module: str | None  # None: a user's file, imported by its path
+    path: Path
+
+
+class Field(NamedTuple):
+    """One setting of a Config, as its source text says it."""
+
+    type: str  # "int", "float | None", "Literal['a', 'b']"
+    default: Any
+
+
+@dataclass(frozen=True)
+class ArchitectureInfo:
+    name: str
+    path: Path
+    summary: str  # first line of the docstring
+    fields: dict[str, Field]
+    presets: dict[str, dict[str, Value]]
+    decode_paths: tuple[str, ...]
+    requires: dict[str, str]  # decode path -> package that it needs
+
+    def missing(self, decode_path: str) -> str | None:
+        """The package that this decode path lacks here, or None. Looks for it, imports nothing."""
+        package = self.requires.get(decode_path)
+        return package if package and importlib.util.find_spec(package) is None else None
+
+
+# --- from text to Spec ---------------------------------------------------------------------------
+
+
+def parse(text: str) -> Spec:
+    """Read "name" or "name:key=value,key=value"; a name may be a preset, which takes settings too.
+
+    Raises UserError for an unknown architecture, an unknown key, or a value of the wrong type.
+    """
+    name, settings = _split(text)
+    info, preset = _find(name)
+    given = _key_values(text, settings)
+    values = dict(preset)
+    for key, value_text in given.items():
+        if key not in info.fields:
+            raise UserError(
+                f"{text}: {info.name} has no setting '{key}'.{_did_you_mean(key, info.fields)}",
+                f"Its settings: {', '.join(sorted(info.fields))}.",
+            )
+        values[key] = _read(text, key, value_text, info.fields[key].type)
+    differ = {k: v for k, v in sorted(values.items()) if not _same(v, info.fields[k].default)}
+    return Spec(info.name, differ)
+
+
+def resolve(name: str) -> Source:
+    """Where an architecture's code is: an importable module, or a user's file."""
+    if name.endswith(".py"):
+        return Source(name, None, _user_file(name))
+    if name in _own_files():
+        path = _own_files()[name]
+        return Source(name, f"{path.parent.name}.{name}", path)
+    raise _unknown_architecture(name)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The name and the settings: "a/mine.py:width=2" -> ("a/mine.py", "width=2")."""
+    if ".py:" in text:
+        head, _, settings = text.rpartition(".py:")
+        return f"{head}.py", settings
+    name, _, settings = text.partition(":")
+    return name.strip(), settings
+
+
+def _find(name: str) -> tuple[ArchitectureInfo, dict[str, Value]]:
+    """The architecture behind a file name, preset or path, and the preset's settings."""
+    if name.endswith(".py"):
+        return _read_architecture(name, _user_file(name)), {}
+    known = architectures()
+    for info in known:
+        if info.name == name:
+            return info, {}
+    for info in known:
+        if name in info.presets:
+            return info, info.presets[name]
+    raise _unknown_architecture(name)
+
+
+def _user_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"no architecture file at '{name}'.",
+            "Give the path of a .py file with Config and Model.",
+        )
+    return path.resolve()
+
+
+def _key_values(text: str, settings: str) -> dict[str, str]:
+    """{"width": "2"} of "width=2". Raises UserError without a "=" and for a key given twice."""
+    found: dict[str, str] = {}
+    for piece in filter(None, (piece.strip() for piece in settings.split(","))):
+        key, equals, value = (part.strip() for part in piece.partition("="))
+        if not (key and equals and value):
+            raise UserError(
+                f"{text}: '{piece}' is not of the form key=value.", "Example: -a cat:chunk_size=8"
+            )
+        if key in found:
+            raise UserError(f"{text}: '{key}' is given twice.", "Give it once.")
+        found[key] = value
+    return found
+
+
+def _unknown_architecture(name: str) -> UserError:
+    known = architectures()
+    presets = sorted(preset for info in known for preset in info.presets)
+    names = sorted(info.name for info in known)
+    hint = f"Available: {', '.join(names)}. "
+    if presets:
+        hint += f"Presets: {', '.join(presets)}. "
+    guess = _did_you_mean(name, [*names, *presets])
+    return UserError(
+        f"unknown architecture '{name}'.{guess}", f"{hint}Your own: --arch path/to/file.py"
+    )
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), list(known), n=3)
+    return f" Did you mean: {', '.join(near)}?" if near else ""
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _read(text: str, key: str, value: str, type_text: str) -> Value:
+    """What `value` means for a field of this type. Raises UserError where it means nothing."""
+    for option in _union(ast.parse(type_text, mode="eval").body):
+        try:
+            return _reader(option)(value)
+        except ValueError:
+            continue
+    raise UserError(
+        f"{text}: {key}='{value}' is not {_describe(type_text)}.", _example(key, type_text)
+    )
+
+
+def _union(node: ast.expr) -> list[ast.expr]:
+    """The members of "a | b | None"."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_union(node.left), *_union(node.right)]
+    return [node]
+
+
+def _reader(node: ast.expr) -> Callable[[str], Value]:
+    """A function that reads one member type from text, or raises ValueError."""
+    readers = {"int": int, "float": _read_float, "str": str, "bool": _read_bool, "None": _read_none}
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("Literal"):
+        choices = ast.literal_eval(node.slice)
+        return lambda text: _read_choice(
+            text, choices if isinstance(choices, tuple) else (choices,)
+        )
+    return readers.get(ast.unparse(node), _read_nothing)
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # nan != nan would make two equal specs differ
+        raise ValueError(text)
+    return value
+
+
+def _read_none(text: str) -> None:
+    if text.lower() != "none":
+        raise ValueError(text)
+
+
+def _read_choice(text: str, choices: tuple) -> Value:
+    for choice in choices:
+        if text == _print(choice):
+            return choice
+    raise ValueError(text)
+
+
+def _read_nothing(text: str) -> Value:
+    raise ValueError(text)
+
+
+def _print(value: Value) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _same(value: Value, default: object) -> bool:
+    """Equal, and not only as True == 1."""
+    return value == default and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _describe(type_text: str) -> str:
+    words = {
+        "int": "an integer",
+        "float": "a finite number",
+        "str": "a word",
+        "bool": "true or false",
+    }
+    members = []
+    for node in _union(ast.parse(type_text, mode="eval").body):
+        name = ast.unparse(node)
+        if name.startswith(("Literal[", "typing.Literal[")):
+            name = "one of " + ast.unparse(node.slice).strip("()")  # type: ignore[attr-defined]
+        members.append(words.get(name, name))
+    return " or ".join(members)
+
+
+def _example(key: str, type_text: str) -> str:
+    examples = {"int": "8", "float": "0.5", "bool": "true", "str": "text"}
+    first = ast.unparse(_union(ast.parse(type_text, mode="eval").body)[0])
+    return f"Example: {key}={examples[first]}" if first in examples else f"Its type is {type_text}."
+
+
+# --- what the folders hold -----------------------------------------------------------------------
+
+
+def architectures() -> list[ArchitectureInfo]:
+    """Every architecture file of the package: CAT first, then the baselines by name."""
+    return [_read_architecture(name, path) for name, path in _own_files().items()]
+
+
+def suites() -> list[tuple[str, str]]:
+    """(name, summary) of every file in suites/ and recall_tasks/ that defines plan and measure."""
+    return [(path.stem, _summary(tree)) for _, path, tree in _suite_files()]
+
+
+def suite_module(name: str) -> str:
+    """The module to import for a suite's name. Raises UserError for an unknown one."""
+    modules = {path.stem: f"{package}.{path.stem}" for package, path, _ in _suite_files()}
+    if name not in modules:
+        raise UserError(
+            f"unknown suite '{name}'.{_did_you_mean(name, modules)}",
+            f"Available: {', '.join(sorted(modules))}.",
+        )
+    return modules[name]
+
+
+def exhibits() -> list[tuple[str, str]]:
+    """(name, title) of every table and figure in paper/: tables first, in the paper's order."""
+    titles = {}
+    for path in _python_files(EXHIBITS):
+        title = _constants(_tree(path)).get("TITLE")
+        if title is not None:
+            titles[path.stem] = ast.literal_eval(title)
+    return sorted(titles.items(), key=lambda item: _paper_order(item[0]))
+
+
+def _paper_order(name: str) -> tuple[bool, str, int]:
+    """table2 before table10 before fig2."""
+    word = name.rstrip("0123456789")
+    return (word != "table", word, int(name[len(word) :] or 0))
+
+
+def _own_files() -> dict[str, Path]:
+    """Architecture name -> file: those that define both Config and Model."""
+    candidates = [PACKAGE / "cat.py", *_python_files(BASELINES)]
+    return {
+        path.stem: path
+        for path in candidates
+        if path.is_file() and {"Config", "Model"} <= _defined(_tree(path))
+    }
+
+
+def _suite_files() -> list[tuple[str, Path, ast.Module]]:
+    found = []
+    for package, folder in SUITE_FOLDERS.items():
+        for path in _python_files(folder):
+            if {"plan", "measure"} <= _defined(_tree(path)):
+                found.append((package, path, _tree(path)))
+    return found
+
+
+def _python_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
+
+
+# --- reading source with ast ---------------------------------------------------------------------
+
+
+def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
+    tree = _tree(path)
+    constants = _constants(tree)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    model = _constants(classes["Model"]) if "Model" in classes else {}
+    return ArchitectureInfo(
+        name=name,
+        path=path,
+        summary=_summary(tree),
+        fields=_fields(classes["Config"], constants) if "Config" in classes else {},
+        presets=_checked(path, "PRESETS", _literal(constants.get("PRESETS"), constants, {})),
+        decode_paths=_literal(model.get("decode_paths"), constants, ("eager",)),
+        requires=_checked(path, "REQUIRES", _literal(constants.get("REQUIRES"), constants, {})),
+    )
+
+
+def _checked(path: Path, name: str, value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path}: {name} is not a literal dict.", "It is read without importing the file."
+        )
+    return value
+
+
+def _tree(path: Path) -> ast.Module:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _parsed(path: Path, modified_ns: int) -> ast.Module:
+    """The syntax tree; `modified_ns` makes an edited file a new entry of the cache."""
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not valid Python: {error}.", "Repair or remove the file."
+        ) from error
+
+
+def _summary(tree: ast.Module) -> str:
+    """The first line of the docstring, without its full stop."""
+    docstring = ast.get_docstring(tree) or "no docstring"
+    return docstring.splitlines()[0].rstrip(".")
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Names that the top level defines or imports from elsewhere."""
+    names = set(_constants(tree))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+    return names
+
+
+def _constants(scope: ast.Module | ast.ClassDef) -> dict[str, ast.expr]:
+    """name -> expression of every plain assignment directly in a module or class."""
+    found = {}
+    for node in scope.body:
+        if isinstance(node, ast.Assign):
+            found |= {
+                target.id: node.value for target in node.targets if isinstance(target, ast.Name)
+            }
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            found[node.target.id] = node.value
+    return found
+
+
+def _fields(config: ast.ClassDef, constants: dict[str, ast.expr]) -> dict[str, Field]:
+    """The annotated fields of a dataclass; the module's names (Rule = Literal[...]) resolved."""
+    found = {}
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            annotation = constants.get(ast.unparse(node.annotation), node.annotation)
+            if not ast.unparse(annotation).startswith(("ClassVar", "typing.ClassVar")):
+                default = _literal(node.value, constants, NO_DEFAULT)
+                found[node.target.id] = Field(ast.unparse(annotation), default)
+    return found
+
+
+def _literal(node: ast.expr | None, constants: dict[str, ast.expr], otherwise: Any) -> Any:
+    """The value of a literal, or of a name that stands for one; `otherwise` for anything else."""
+    if isinstance(node, ast.Name):
+        node = constants.get(node.id)
+    if node is None:
+        return otherwise
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return otherwise

@@ -1,0 +1,1 @@
+"""Recall tasks: one file a task, found by its name (none is built yet)."""
