@@ -11,7 +11,7 @@ user's own anywhere (`--arch path/to/mine.py:width=512`).
 import importlib
 import importlib.util
 import sys
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +37,7 @@ class Cost(NamedTuple):
     flops: float  # 2 per multiply-add, whole batch
 
 
+@runtime_checkable  # for run-time checkers of the signatures
 class Architecture(Protocol):
     """A torch module. State goes in and comes out; nothing about a sequence hides in the module."""
 

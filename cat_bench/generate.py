@@ -6,15 +6,19 @@ preallocated tensor; no logits kept, no host synchronisation, no end-of-text tes
 A generation of n new tokens is one prefill, which gives the first of them, and n - 1 steps; the
 last new token is never read.
 
-Shapes: b batch, t tokens.
+Shapes: b batch, p prompt tokens, t all tokens.
 Try it: greedy(build(parse("dense")), prompt_tokens(1, 8, 0, "cpu", 50_432), new_tokens=24)
 """
 
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from cat_bench.architecture import Architecture, State, Tokens
+
+Prompt = Int[Tensor, "b p"]
 
 PROMPT_IDS = 1000  # ids below it exist in every vocabulary of the paper
 
@@ -22,14 +26,14 @@ PROMPT_IDS = 1000  # ids below it exist in every vocabulary of the paper
 @torch.inference_mode()
 def greedy(
     model: Architecture,
-    prompt: Tokens,
+    prompt: Prompt,
     new_tokens: int,
     state: State | None = None,
     tokens: Tokens | None = None,
     on_prefill: Callable[[], object] | None = None,
     on_step: Callable[[int], object] | None = None,
 ) -> Tokens:
-    """The prompt and the `new_tokens` likeliest tokens after it. (b, p) -> (b, p + new_tokens).
+    """The prompt and the `new_tokens` likeliest tokens after it. (b, p) -> (b, t).
 
     `state` and `tokens` (of `new_state`, `token_buffer`) are used again where given, with their
     captured graphs; the result then is that buffer. `on_prefill()` runs once the first new token is
@@ -37,7 +41,9 @@ def greedy(
     """
     batch_size, prompt_len = prompt.shape
     if new_tokens < 1 or prompt_len < 1:
-        raise ValueError(f"need a prompt and at least 1 new token, got {prompt_len} and {new_tokens}.")
+        raise ValueError(
+            f"need a prompt and at least 1 new token, got {prompt_len} and {new_tokens}."
+        )
     seq_len = prompt_len + new_tokens
     if state is None:
         state = model.init_state(batch_size, seq_len)
@@ -55,7 +61,7 @@ def greedy(
 
 
 @torch.inference_mode()
-def first_token(model: Architecture, prompt: Tokens, state: State, tokens: Tokens) -> State:
+def first_token(model: Architecture, prompt: Prompt, state: State, tokens: Tokens) -> State:
     """Empty the state, read the prompt, write the first new token: what a user waits for first."""
     prompt_len = prompt.shape[1]
     tokens[:, :prompt_len] = prompt
@@ -77,7 +83,7 @@ def token_buffer(batch_size: int, seq_len: int, device: torch.device | str) -> T
 
 def prompt_tokens(
     batch_size: int, prompt_len: int, seed: int, device: torch.device | str, vocab_size: int
-) -> Tokens:
+) -> Prompt:
     """Random ids below min(1000, vocab_size), the same for every architecture and device."""
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (batch_size, prompt_len)

@@ -63,7 +63,10 @@ def block_step_reference(
 def block_step(
     block: Block, x: Tensor, keys: Tensor, values: Tensor, rows: Rows, rope: Rope
 ) -> Tensor:
-    """One transformer block for one token per sequence, on the Triton kernels. x (b, d) -> (b, d)."""
+    """One transformer block for one token per sequence, on the Triton kernels.
+
+    x (b, d) is changed in place and returned; inference only.
+    """
     from cat_bench import kernels
 
     qkv = F.linear(rms_norm(x, block.attn_norm), block.qkv.weight)
@@ -73,10 +76,21 @@ def block_step(
         q = block.q_norm(q.unflatten(-1, (-1, HEAD_WIDTH))).flatten(1)
         k = block.k_norm(k.unflatten(-1, (-1, HEAD_WIDTH))).flatten(1)
     o = kernels.decode_attention(q, k, v, keys, values, rows, rope)
-    x = torch.addmm(x, o, block.attn_out.weight.T)  # the residual rides in the matmul's epilogue
-    h = rms_norm(x, block.mlp_norm)
-    gated = kernels.swiglu(F.linear(h, block.w1.weight), F.linear(h, block.w3.weight))
-    return torch.addmm(x, gated, block.w2.weight.T)
+    x.addmm_(o, block.attn_out.weight.T)  # in place: the residual rides in the matmul's epilogue
+    gate_up = F.linear(rms_norm(x, block.mlp_norm), packed_gate_up(block))
+    return x.addmm_(kernels.swiglu(gate_up), block.w2.weight.T)
+
+
+def packed_gate_up(block: Block) -> Tensor:
+    """w1 over w3 as one (2 I, d) matrix: one matmul instead of two, for no additional memory.
+
+    On first use the two weights become halves of one buffer; their values, names and shapes stay.
+    """
+    gate, up = block.w1.weight, block.w3.weight
+    if up.data_ptr() != gate.data_ptr() + gate.nbytes:
+        both = torch.cat([gate.detach(), up.detach()])
+        gate.data, up.data = both.chunk(2)
+    return gate.detach().as_strided((2 * len(gate), gate.shape[1]), gate.stride())
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -103,6 +117,7 @@ class CapturedStep:
     ):
         self.token = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.row = torch.full_like(self.token, first_row)
+        self.run = run  # a graph does not own its inputs: what `run` closes over must stay alive
         self.graph = torch.cuda.CUDAGraph()
         with torch.no_grad():
             side = torch.cuda.Stream()

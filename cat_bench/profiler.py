@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from cat_bench.architecture import DTYPES, Architecture, State, Tokens
-from cat_bench.generate import greedy
+from cat_bench.generate import Prompt, greedy
 
 Clock = Callable[[], float]  # seconds
 MIN_ENERGY_S = 1.0  # the counter moves every 20 to 100 ms: over less, its steps would show
 
 
-# --- time ------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
@@ -105,7 +105,7 @@ def _call(
     clock: Clock,
 ) -> Call:
     reset_peaks(device)  # so the peaks read afterwards are those of the last repeat
-    joules_before = meter() if meter else None
+    joules_before = meter() if meter else 0.0
     marks = Marks(device, clock)
     synchronize(device)
     start_s = clock()
@@ -124,7 +124,7 @@ def _call(
 
 
 class Marks:
-    """Points in time on the device's own clock: CUDA events, which wait for nothing, or the host."""
+    """Points in time on the device's own clock: CUDA events, which never wait, or the host's."""
 
     def __init__(self, device: str, clock: Clock = time.perf_counter):
         self.device, self.clock, self.points = device, clock, []
@@ -152,7 +152,7 @@ class StepTime(NamedTuple):
 
 
 def step_times(
-    model: Architecture, prompt: Tokens, state: State, tokens: Tokens, device: str
+    model: Architecture, prompt: Prompt, state: State, tokens: Tokens, device: str
 ) -> list[StepTime]:
     """Every step of one generation, timed apart from the repeats: one event per step."""
     marks, first = Marks(device), prompt.shape[1] + 1
@@ -179,7 +179,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def reset_peaks(device: str) -> None:
@@ -210,8 +210,8 @@ def graph_pool_bytes(segments: Iterable[dict]) -> int:
     return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
-def weights_bytes(model: torch.nn.Module) -> int:
-    """Parameters and buffers, shared ones once. Also right on the meta device."""
+def weights_bytes(model: Any) -> int:
+    """Parameters and buffers of a torch module, shared ones once. Also right on the meta device."""
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
@@ -238,7 +238,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-# --- energy ----------------------------------------------------------------------------------------
+# --- energy ---------------------------------------------------------------------------------------
 
 
 def energy_meter(device: str) -> Callable[[], float] | None:
@@ -263,7 +263,7 @@ def _device_uuid() -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-# --- ceilings --------------------------------------------------------------------------------------
+# --- ceilings -------------------------------------------------------------------------------------
 
 
 class Ceilings(NamedTuple):

@@ -12,12 +12,12 @@ print one.
 
 import csv
 import difflib
-import html
 import io
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,12 @@ from rich.table import Table as RichTable
 from tabulate import tabulate
 
 from cat_bench import stats, store
+from cat_bench.environment import machine_line
 from cat_bench.errors import UserError
 
 GIB = 2**30
 SAME_SETTING = ["suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"]
-MIN_CHANGE = 0.03  # a smaller change is noise: 3 % is also the drift that flags a run
+MEMORY_RATIOS = {"memory_ratio": "peak_bytes", "state_ratio": "state_bytes"}
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
 
@@ -78,17 +79,19 @@ def percent(share: float) -> str:
 
 
 def with_interval(value: float, low: float, high: float) -> str:
-    return f"{digits(value)} [{digits(low)}, {digits(high)}]"
+    """Fewer than 3 samples have no interval (stats.py): then the value stands alone."""
+    return digits(value) if math.isnan(low) else f"{digits(value)} [{digits(low)}, {digits(high)}]"
 
 
-def faster(ratio: float, low: float, high: float, words: tuple[str, str] = ("faster", "slower")):
+def faster(ratio: float, low: float, high: float) -> str:
     """A speed-up with its interval; below 1 it is turned round, so that x always means times."""
     if ratio == 1:
         return "1.00x"
-    word = words[0]
+    word = "faster"
     if ratio < 1:
-        ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, words[1]
-    return f"{ratio:.2f}x {word} [{low:.2f}, {high:.2f}]"
+        ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, "slower"
+    interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{ratio:.2f}x {word}{interval}"
 
 
 def whole(value: float) -> str:
@@ -96,6 +99,14 @@ def whole(value: float) -> str:
 
 
 # Rows: one per closed case, with what follows from its samples
+
+
+def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
+    """`store.frame` with a column "machine": the line that stands over a table of these rows."""
+    records = store.frame(list(runs))
+    environments = {run.name: run.environment for run in runs}
+    pairs = zip(records["run"], records["device"], strict=True)
+    return records.assign(machine=[machine_line(environments[run], dev) for run, dev in pairs])
 
 
 def is_reference(settings: Iterable) -> bool:
@@ -124,6 +135,7 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return rows
     rows = rows[~rows["settings"].map(is_reference)].reset_index(drop=True)
+    rows = _with_peak(rows)
     if "latency_s.samples" in rows:
         rows = _with_intervals(rows)
         rows = _with_dense_ratios(rows)
@@ -132,12 +144,18 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def _with_peak(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds peak_bytes: allocated on a GPU, resident set on a CPU; the two never share a table."""
+    names = [name for name in ("peak_allocated_bytes", "peak_rss_bytes") if name in rows]
+    return rows.assign(peak_bytes=rows[names].bfill(axis=1).iloc[:, 0]) if names else rows
+
+
 def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
     """Adds latency_s_low, latency_s_high and n (repeats)."""
     rows = rows.copy()
     for index, samples in rows["latency_s.samples"].items():
         if isinstance(samples, list) and samples:
-            interval = stats.summary(samples)
+            interval = _summary(tuple(samples))
             rows.loc[index, ["latency_s_low", "latency_s_high"]] = interval.low, interval.high
             rows.loc[index, "n"] = len(samples)
     return rows
@@ -153,17 +171,27 @@ def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
         if dense.name == index:
             interval = stats.Interval(1.0, 1.0, 1.0, len(_samples(row)))
         else:
-            interval = stats.ratio(_samples(dense), _samples(row))
+            interval = _ratio(tuple(_samples(dense)), tuple(_samples(row)))
         names = ["speedup", "speedup_low", "speedup_high"]
         rows.loc[index, names] = interval.median, interval.low, interval.high
-        for name, metric in (("memory_ratio", "peak_allocated_bytes"), ("state_ratio", "state_bytes")):
+        for name, metric in MEMORY_RATIOS.items():
             if metric in rows:
                 rows.loc[index, name] = dense[metric] / row[metric]
     return rows
 
 
+@cache
+def _summary(samples: tuple[float, ...]) -> stats.Interval:
+    return stats.summary(samples)  # exhibits share cases, and a bootstrap takes a while
+
+
+@cache
+def _ratio(a: tuple[float, ...], b: tuple[float, ...]) -> stats.Interval:
+    return stats.ratio(a, b)
+
+
 def dense_of(rows: pd.DataFrame, row: pd.Series) -> pd.Series | None:
-    """The Dense row that `row` is compared with: same setting, same decode path where there is one."""
+    """The Dense row to compare `row` with: same setting, same decode path where there is one."""
     dense = rows[rows["label"].str.startswith("Dense") & ~rows["label"].str.startswith("Dense-2D")]
     for name in SAME_SETTING:
         dense = dense[dense[name] == row[name]]
@@ -193,14 +221,16 @@ def table(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str] = ())
     text = pd.DataFrame([_line(row, columns) for _, row in rows.iterrows()])
     text = text.reindex(columns=[c.title for c in columns])
     marks = [name for name in ("status", "error") if name in rows]
-    return Table(rows[keys + [m for m in marks if m not in keys]], text, best=_best(rows, columns, by))
+    return Table(
+        rows[keys + [m for m in marks if m not in keys]], text, best=_best(rows, columns, by)
+    )
 
 
 def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
     status, cells = row.get("status", "ok"), {}
     for column in columns:
         values = [row[key] for key in column.keys]
-        if not any(pd.isna(value) for value in values):
+        if not pd.isna(values[0]):
             cells[column.title] = column.write(*values)
         else:
             cells[column.title] = "-" if status in ("ok", "") else str(status)
@@ -224,9 +254,11 @@ EFFICIENCY_COLUMNS = (
     Column("architecture", ("label",), str),
     Column("batch", ("batch_size",), whole),
     Column("length", ("seq_len",), whole),
-    Column("latency s [95 % CI]", ("latency_s", "latency_s_low", "latency_s_high"), with_interval, min),
+    Column(
+        "latency s [95 % CI]", ("latency_s", "latency_s_low", "latency_s_high"), with_interval, min
+    ),
     Column("tok/s", ("tokens_per_s",), digits, max),
-    Column("peak GiB", ("peak_allocated_bytes",), gib, min),
+    Column("peak GiB", ("peak_bytes",), gib, min),
     Column("state GiB", ("state_bytes",), gib, min),
     Column("vs Dense", ("speedup", "speedup_low", "speedup_high"), faster),
     Column("% of floor", ("floor_share",), percent),
@@ -240,16 +272,16 @@ OTHER_COLUMNS = (
 DEFINITIONS = (
     "latency = median time of a whole generation, prefill included; tok/s = batch x new tokens / "
     "decode time; n = repeats.",
-    "peak = max allocated. state = by formula. vs Dense = median Dense latency / median latency, "
-    "same setting, 95 % interval.",
-    "floor = least time by bytes and FLOPs at ceilings measured in the same run; % of floor = floor "
-    "/ latency.",
+    "peak = max allocated (CPU: resident set, interpreter included). state = by formula. "
+    "vs Dense = median Dense latency / median latency, same setting, 95 % interval.",
+    "floor = least time by bytes and FLOPs at ceilings measured in the same run; "
+    "% of floor = floor / latency.",
 )
 
 
 def run_table(run: store.Run) -> Table:
     """What `cat-bench show` prints: all closed cases of one run."""
-    made = records_table(store.frame([run]), machine_line(run.environment))
+    made = records_table(frame([run]))
     num_open = len(run.cases()) - len(run.closed())
     if num_open:
         unfinished = f"{num_open} of {len(run.cases())} cases have not run: continue with --resume."
@@ -257,18 +289,22 @@ def run_table(run: store.Run) -> Table:
     return replace(made, title=run.name)
 
 
-def records_table(records: pd.DataFrame, machine: str) -> Table:
+def records_table(records: pd.DataFrame) -> Table:
     """The efficiency table; suites that measure no latency get one column per metric."""
     rows = measured(records)
     if rows.empty:
-        return Table(rows, pd.DataFrame(), machine, ("No case is closed yet.",))
+        return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
     efficiency = "latency_s" in rows
     columns = EFFICIENCY_COLUMNS if efficiency else OTHER_COLUMNS + _metric_columns(records)
     by = ["batch_size", "seq_len"]
     rows = rows.sort_values([*by, "run"], kind="stable") if efficiency else rows
     made = table(rows, columns, by)
     notes = (*(DEFINITIONS if efficiency else ()), *failures(rows), *warnings(rows, records))
-    return replace(made, heading=" · ".join([machine, *_settings_line(rows)]), notes=notes)
+    return replace(
+        made,
+        heading=" · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)]),
+        notes=notes,
+    )
 
 
 def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
@@ -297,12 +333,12 @@ def failures(rows: pd.DataFrame) -> tuple[str, ...]:
 
 
 def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
-    """What makes numbers doubtful: drift between repeats or over the run, two clocks that disagree."""
+    """What makes numbers doubtful: drift of repeats or of the run, two clocks that disagree."""
     found = []
     for _, row in rows.iterrows():
         name = f"{row['label']}, batch {row['batch_size']}, length {row['seq_len']}"
         samples = _samples(row)
-        if len(samples) >= 3 and abs(stats.drift(samples)) > MIN_CHANGE:
+        if len(samples) >= 3 and abs(stats.drift(samples)) > stats.MARGIN:
             found.append(f"warning: {name}: repeats drift by {100 * stats.drift(samples):+.1f} %.")
         host, device = row.get("host_latency_s"), row.get("latency_s")
         if row["device"] == "cuda" and pd.notna(host) and abs(host / device - 1) > MAX_CLOCK_GAP:
@@ -321,17 +357,12 @@ def _reference_drift(records: pd.DataFrame) -> list[str]:
             continue
         first, last = (group.sort_values("at")["latency_s"].iloc[i] for i in (0, -1))
         drift = last / first - 1
-        word = "warning: " if abs(drift) > MIN_CHANGE else ""
+        word = "warning: " if abs(drift) > stats.MARGIN else ""
         notes.append(
             f"{word}reference case of {run}: {digits(first)} s first, {digits(last)} s last, "
             f"drift {100 * drift:+.1f} %."
         )
     return notes
-
-
-def machine_line(environment: dict) -> str:
-    """One line for the head of a table. The environment module wrote it when the run began."""
-    return environment.get("machine_line") or "unknown machine"
 
 
 def case_text(run: store.Run, key: str) -> str:
@@ -368,7 +399,7 @@ def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = Fa
     + worse, - better, ~ within noise, ! newly failing, x not comparable. Raises UserError where the
     runs come from different GPUs, unless ratios to Dense are asked for.
     """
-    rows_a, rows_b = (measured(store.frame([run])) for run in (run_a, run_b))
+    rows_a, rows_b = (measured(frame([run])) for run in (run_a, run_b))
     devices = [_device(rows) for rows in (rows_a, rows_b)]
     if devices[0] != devices[1] and not across_machines:
         raise UserError(
@@ -401,7 +432,9 @@ COMPARE_COLUMNS = (
 
 
 def _device(rows: pd.DataFrame) -> str:
-    return ", ".join(dict.fromkeys(rows["device_name"].fillna("unknown"))) if len(rows) else "no case"
+    return (
+        ", ".join(dict.fromkeys(rows["device_name"].fillna("unknown"))) if len(rows) else "no case"
+    )
 
 
 def _pairs(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> list[tuple]:
@@ -416,7 +449,10 @@ def _compare(a: pd.Series | None, b: pd.Series | None, compare_case: Callable) -
     line = {name: row[name] for name in ("label", "batch_size", "seq_len", "case")}
     line |= {"change": "-", "factor": None, "factor_low": None, "factor_high": None, "remark": ""}
     if a is None or b is None:
-        return line | {"mark": "x", "remark": f"only in {'the second' if a is None else 'the first'}"}
+        return line | {
+            "mark": "x",
+            "remark": f"only in {'the second' if a is None else 'the first'}",
+        }
     if a["status"] == "ok" and b["status"] != "ok":
         return line | {"mark": "!", "change": f"ok -> {b['status']}"}
     if b["status"] != "ok" or a["status"] != "ok":
@@ -428,15 +464,12 @@ def _compare(a: pd.Series | None, b: pd.Series | None, compare_case: Callable) -
 
 
 def _compare_seconds(a: pd.Series, b: pd.Series) -> dict[str, Any]:
-    """`factor` = seconds of A / seconds of B: above 1, B is faster."""
-    factor = stats.ratio(_samples(a), _samples(b))
-    verdict = stats.separable(_samples(a), _samples(b))
-    sure = verdict.separable and abs(factor.median - 1) > MIN_CHANGE
+    found = stats.compare(_samples(a), _samples(b), words=("slower", "faster"))
     return {
         "change": f"{digits(a['latency_s'])} s -> {digits(b['latency_s'])} s",
-        **_factor(factor.median, factor.low, factor.high),
-        "mark": ("-" if factor.median > 1 else "+") if sure else "~",
-        "remark": verdict.text if verdict.too_few else "",
+        **_factor(1 / found.ratio.median, 1 / found.ratio.high, 1 / found.ratio.low),
+        "mark": found.mark,
+        "remark": found.sentence if found.mark in "~x" else "",
     }
 
 
@@ -445,8 +478,9 @@ def _compare_ratios(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     if pd.isna(a.get("speedup")) or pd.isna(b.get("speedup")):
         return {"mark": "x", "remark": "no Dense row of the same setting"}
     factor = b["speedup"] / a["speedup"]
+    # Ends against opposite ends: wider than a joint interval, so a verdict is never too bold.
     low, high = b["speedup_low"] / a["speedup_high"], b["speedup_high"] / a["speedup_low"]
-    sure = not low <= 1 <= high and abs(factor - 1) > MIN_CHANGE
+    sure = (low > 1 or high < 1) and abs(factor - 1) > stats.MARGIN
     return {
         "change": f"{a['speedup']:.2f}x -> {b['speedup']:.2f}x Dense",
         **_factor(factor, low, high),
@@ -455,6 +489,7 @@ def _compare_ratios(a: pd.Series, b: pd.Series) -> dict[str, Any]:
 
 
 def _factor(factor: float, low: float, high: float) -> dict[str, float]:
+    """Above 1, the second run is faster."""
     return {"factor": factor, "factor_low": low, "factor_high": high}
 
 
@@ -467,7 +502,7 @@ def _verdict(rows: pd.DataFrame, num_worse: int) -> str:
 
 def _compare_notes(rows: pd.DataFrame, across_machines: bool) -> tuple[str, ...]:
     marks = "+ worse, - better, ~ within noise, ! newly failing, x not comparable."
-    rule = f"A change counts from {100 * MIN_CHANGE:.0f} % and where the samples tell the runs apart."
+    rule = f"A change counts beyond {stats.MARGIN:.0%} and where the samples tell the runs apart."
     if across_machines:
         rule = "Different machines: speed-ups over Dense are compared, never seconds. " + rule
     return (marks, rule)
@@ -480,41 +515,44 @@ def report_text(runs: Sequence[store.Run], form: str, published: Sequence = ()) 
     """`cat-bench report`: one table of all runs, in one of FORMATS."""
     if form not in FORMATS:
         raise UserError(f"unknown format '{form}'.", f"Available: {', '.join(FORMATS)}.")
-    machines = list(dict.fromkeys(machine_line(run.environment) for run in runs))
-    made = records_table(store.frame(list(runs)), " | ".join(machines))
+    made = records_table(frame(runs))
     made = replace(made, title=", ".join(run.name for run in runs))
     if published and len(made.rows):
         made = with_published(made, published)
     if form == "html":
-        section = Section(made.title, table=made)
+        section = Section(made.title, tables=(made,))
         return html_page("cat-bench report", [section], [run.environment for run in runs])
     return WRITERS[form](made)
 
 
-def published_ratios(points: Iterable, metric: str) -> dict[tuple[str, int, int], tuple[float, str]]:
-    """(label, batch size, length) -> (the paper's Dense / row, kind), from points with coordinates."""
-    values: dict[tuple[str, int, int], Any] = {}
+def published_speedups(points: Iterable) -> dict[tuple[str, int, int], float]:
+    """(label, batch size, length) -> Dense / row in the paper's plots."""
+    seconds: dict[tuple[str, int, int], float] = {}
     for point in points:
-        if point.metric == metric and {"batch_size", "seq_len"} <= set(point.x):
+        if (point.unit, point.kind) == ("s", "digitised") and {"batch_size", "seq_len"} <= set(
+            point.x
+        ):
             key = (point.row, int(point.x["batch_size"]), int(point.x["seq_len"]))
-            values.setdefault(key, point)
+            seconds.setdefault(key, point.value)  # Figure 2 before 3 and 5, which repeat its points
     return {
-        key: (values["Dense", *key[1:]].value / point.value, point.kind)
-        for key, point in values.items()
-        if ("Dense", *key[1:]) in values
+        key: seconds["Dense", *key[1:]] / value
+        for key, value in seconds.items()
+        if ("Dense", *key[1:]) in seconds
     }
 
 
 def with_published(made: Table, points: Sequence) -> Table:
     """Adds the paper's speed-up over Dense: another GPU, so ratios are all that can be compared."""
-    ratios = published_ratios(points, "latency_s")
+    speedups = published_speedups(points)
     keys = zip(made.rows["label"], made.rows["batch_size"], made.rows["seq_len"], strict=True)
-    found = [ratios.get((label, int(batch), int(length))) for label, batch, length in keys]
-    text, rows = made.text.copy(), made.rows.copy()
-    text["paper (A100)"] = [f"{r[0]:.2f}x {r[1]}" if r else "-" for r in found]
-    rows["published_speedup"] = [r[0] if r else math.nan for r in found]
-    best = made.best.assign(**{"paper (A100)": False}) if made.best is not None else None
-    note = "paper = ratio to Dense on an A100 80GB PCIe: compare ratios only."
+    found = [speedups.get((label, int(batch), int(length))) for label, batch, length in keys]
+    title = "paper (A100, digitised)"
+    text = made.text.assign(**{title: [f"{ratio:.2f}x" if ratio else "-" for ratio in found]})
+    rows = made.rows.assign(published_speedup=[ratio or math.nan for ratio in found])
+    best = made.best if made.best is None else made.best.assign(**{title: False})
+    note = (
+        "paper = speed-up over Dense on one A100 80GB PCIe, read off a plot: compare ratios only."
+    )
     return replace(made, text=text, rows=rows, best=best, notes=(*made.notes, note))
 
 
@@ -528,7 +566,7 @@ def terminal(made: Table, width: int | None = None) -> str:
         rich_table.add_column(title, justify="right" if _numeric(made.text[title]) else "left")
         rich_table.columns[number].no_wrap = width is None
     for row in made.text.itertuples(index=False):
-        rich_table.add_row(*(html_free(cell) for cell in row))
+        rich_table.add_row(*(_unmarked(cell) for cell in row))
     stream = io.StringIO()
     console = Console(file=stream, width=width or 400, color_system=None, highlight=False)
     console.print(rich_table)
@@ -536,7 +574,7 @@ def terminal(made: Table, width: int | None = None) -> str:
     return "\n".join([*filter(None, [made.title, made.heading]), *body, *made.notes])
 
 
-def html_free(cell: str) -> str:
+def _unmarked(cell: str) -> str:
     """Brackets are markup to rich: intervals must survive."""
     return cell.replace("[", r"\[")
 
@@ -599,45 +637,47 @@ class Section:
     """One exhibit or run on an HTML page."""
 
     title: str
-    status: str = ""
-    table: Table | None = None
-    svgs: tuple[str, ...] = ()  # inline drawings, written by figures.py
-    remarks: tuple[str, ...] = ()
     anchor: str = ""
-    rows: list = field(default_factory=list)
+    status: str = ""
+    tables: tuple[Table, ...] = ()
+    svgs: tuple[str, ...] = ()  # whole SVG documents, as figures.py writes them
+    remarks: tuple[str, ...] = ()
 
 
-def html_page(title: str, sections: Sequence[Section], environments: Sequence[dict]) -> str:
+def html_page(title: str, sections: Sequence[Section], environments: Sequence[dict] = ()) -> str:
     """One file that needs no network: tables, drawings, and at the foot environment and command."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     engine = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
-    filled = [replace(section, rows=_html_rows(section.table)) for section in sections]
-    return engine.get_template("report.html.j2").render(
-        title=title,
-        sections=filled,
-        drawings={s.title: [Markup(inline_svg(svg)) for svg in s.svgs] for s in sections},
-        environments=[
-            {"machine": machine_line(e), "command": _command(e), "items": _dict_lines(e)}
-            for e in environments
-        ],
     )
+    engine.filters |= {"inline_svg": _inline_svg, "cells": _html_cells, "columns": _html_columns}
+    foot = [
+        {"machine": machine_line(e), "command": _command(e), "lines": _dict_lines(e)}
+        for e in environments
+    ]
+    template = engine.get_template("report.html.j2")
+    return template.render(title=title, sections=sections, environments=foot)
 
 
-def _html_rows(made: Table | None) -> list[list[tuple[str, bool, bool]]]:
+def _inline_svg(svg: str) -> Markup:
+    """The <svg> element alone: an XML declaration is not allowed inside HTML. Trusted: our own."""
+    return Markup(svg[svg.index("<svg") :])
+
+
+def _html_columns(made: Table) -> list[tuple[str, bool]]:
+    return [(title, _numeric(made.text[title])) for title in made.text.columns]
+
+
+def _html_cells(made: Table) -> list[list[tuple[str, bool, bool]]]:
     """(text, is best, is a number) of each cell."""
-    if made is None:
-        return []
-    numeric = [_numeric(made.text[title]) for title in made.text.columns]
-    best = made.best.values.tolist() if made.best is not None else None
+    best = made.text.map(lambda _: False) if made.best is None else made.best
+    numeric = [is_number for _, is_number in _html_columns(made)]
     return [
-        [
-            (cell, bool(best and best[row][column]), numeric[column])
-            for column, cell in enumerate(cells)
-        ]
-        for row, cells in enumerate(made.text.values.tolist())
+        list(zip(texts, marks, numeric, strict=True))
+        for texts, marks in zip(made.text.values.tolist(), best.values.tolist(), strict=True)
     ]
 
 
@@ -646,14 +686,10 @@ def _command(environment: dict) -> str:
     return command if isinstance(command, str) else " ".join(command)
 
 
-def inline_svg(svg: str) -> str:
-    """The <svg> element alone: an XML declaration is not allowed inside HTML."""
-    return svg[svg.index("<svg") :]
-
-
 def as_html(made: Table) -> str:
     """One page with this table and nothing else."""
-    return html_page(html.unescape(made.title or "cat-bench"), [Section(made.title, table=made)], [])
+    title = made.title or "cat-bench"
+    return html_page(title, [Section(title, tables=(made,))])
 
 
 WRITERS: dict[str, Callable[[Table], str]] = {

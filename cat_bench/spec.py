@@ -28,6 +28,8 @@ SUITE_FOLDERS = {
     "recall_tasks": PACKAGE.parent / "recall_tasks",
 }
 EXHIBITS = PACKAGE / "paper"
+TINY = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
+TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 NO_DEFAULT = object()  # a field whose default is absent or no literal
 
 
@@ -89,7 +91,7 @@ def parse(text: str) -> Spec:
     for key, value_text in given.items():
         if key not in info.fields:
             raise UserError(
-                f"{text}: {info.name} has no setting '{key}'.{_did_you_mean(key, info.fields)}",
+                f"{text}: {info.name} has no setting '{key}'.{did_you_mean(key, info.fields)}",
                 f"Its settings: {', '.join(sorted(info.fields))}.",
             )
         values[key] = _read(text, key, value_text, info.fields[key].type)
@@ -105,6 +107,24 @@ def resolve(name: str) -> Source:
         path = _own_files()[name]
         return Source(name, f"{path.parent.name}.{name}", path)
     raise _unknown_architecture(name)
+
+
+def describe(name: str) -> ArchitectureInfo:
+    """All that the source of an architecture says about it."""
+    return _read_architecture(name, resolve(name).path)
+
+
+def tiny(spec: Spec) -> Spec:
+    """The same architecture, small enough for seconds on a CPU: what scale `smoke` measures."""
+    fields = describe(spec.name).fields
+    values = {key: field.default for key, field in fields.items()} | spec.overrides
+    changed = {key: size for key, size in TINY.items() if isinstance(values.get(key), int)}
+    for key in ("width", "decoder_width"):
+        width = values.get(key)
+        if isinstance(width, int):
+            changed[key] = max(TINY_WIDTH, width // TINY_DIVISOR)
+    settings = ",".join(f"{k}={_print(v)}" for k, v in {**spec.overrides, **changed}.items())
+    return parse(f"{spec.name}:{settings}")
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -162,13 +182,14 @@ def _unknown_architecture(name: str) -> UserError:
     hint = f"Available: {', '.join(names)}. "
     if presets:
         hint += f"Presets: {', '.join(presets)}. "
-    guess = _did_you_mean(name, [*names, *presets])
+    guess = did_you_mean(name, [*names, *presets])
     return UserError(
         f"unknown architecture '{name}'.{guess}", f"{hint}Your own: --arch path/to/file.py"
     )
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean: cat-8?" with a space before it, or "" where nothing is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3)
     return f" Did you mean: {', '.join(near)}?" if near else ""
 
@@ -284,7 +305,7 @@ def suite_module(name: str) -> str:
     modules = {path.stem: f"{package}.{path.stem}" for package, path, _ in _suite_files()}
     if name not in modules:
         raise UserError(
-            f"unknown suite '{name}'.{_did_you_mean(name, modules)}",
+            f"unknown suite '{name}'.{did_you_mean(name, modules)}",
             f"Available: {', '.join(sorted(modules))}.",
         )
     return modules[name]

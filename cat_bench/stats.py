@@ -11,7 +11,7 @@ drawn as an interval of zero width would claim a certainty that nobody has.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -104,17 +104,17 @@ def compare(
     `words` say what a rise and a fall are called: ("slower", "faster").
     """
     change = ratio(new_samples, old_samples)
-    if exact and change.n and np.median(new_samples) == np.median(old_samples):
-        return Comparison("~", change, "the same")
-    if math.isnan(change.median):
-        return Comparison("x", change, "not comparable: samples missing, zero or not finite")
-    verdict = separable(old_samples, new_samples)
-    if not exact and not verdict.separable:
-        return Comparison("~", change, verdict.sentence)
-    if not exact and abs(change.median - 1) <= margin:
-        return Comparison("~", change, f"within noise: less than {margin:.0%} apart")
-    worse = (change.median > 1) != higher_is_better
-    return Comparison("+" if worse else "-", change, _change_sentence(change, words))
+    old, new = summary(old_samples).median, summary(new_samples).median
+    if math.isnan(old) or math.isnan(new):
+        return Comparison("x", change, "not comparable: samples missing or not finite")
+    if exact:
+        same, sentence = old == new, "the same"
+    else:
+        same, sentence = _within_noise(old_samples, new_samples, margin)
+    if same:
+        return Comparison("~", change, sentence)
+    worse = (new > old) != higher_is_better
+    return Comparison("+" if worse else "-", change, _change_sentence(old, new, change, words))
 
 
 def drift(samples: Sequence[float]) -> float:
@@ -158,7 +158,7 @@ def _mann_whitney_p_value(a: np.ndarray, b: np.ndarray) -> float:
     both = np.concatenate([a, b])
     if len(np.unique(both)) == 1:
         return 1.0
-    method: str | stats.PermutationMethod = "asymptotic"  # corrects for ties
+    method: Any = "asymptotic"  # corrects for ties
     if len(np.unique(both)) == len(both) <= MAX_EXACT_SAMPLES:
         method = "exact"
     elif math.comb(len(both), len(a)) <= MAX_PERMUTATIONS:
@@ -170,14 +170,23 @@ def _too_few(n: int) -> str:
     return f"{n} repeat{'' if n == 1 else 's'} cannot separate these"
 
 
-def _change_sentence(change: Interval, words: tuple[str, str]) -> str:
+def _within_noise(
+    old_samples: Sequence[float], new_samples: Sequence[float], margin: float
+) -> tuple[bool, str]:
+    verdict = separable(old_samples, new_samples)
+    if not verdict.separable:
+        return True, verdict.sentence
+    old, new = float(np.median(old_samples)), float(np.median(new_samples))
+    return abs(new - old) <= margin * abs(old), f"within noise: at most {margin:.0%} apart"
+
+
+def _change_sentence(old: float, new: float, change: Interval, words: tuple[str, str]) -> str:
     """ "1.23x slower [1.20, 1.26]": a fall is told as its inverse, so the factor is above 1."""
-    rise, fall = words
-    if change.median == 0:
-        return f"{fall}: now zero"
-    word, factors = rise, (change.median, change.low, change.high)
-    if change.median < 1:
-        word, factors = fall, tuple(1 / value for value in (change.median, change.high, change.low))
-    factor, low, high = factors
+    word = words[0] if new > old else words[1]
+    if old == 0 or new == 0:
+        return f"{word}: {old:g} before, {new:g} now"
+    factor, low, high = change.median, change.low, change.high
+    if new < old:
+        factor, low, high = 1 / factor, 1 / high, 1 / low if low else math.inf
     interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
     return f"{factor:.2f}x {word}{interval}"

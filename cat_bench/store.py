@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SCHEMA = 1  # raised when the meaning of a field changes; older rows stay readable
 CLOSING = "case"  # the metric of the row that closes a case; its value is the wall time in seconds
 COLUMNS = tuple(field.name for field in fields(Record)) + ("schema",)
+_REQUIRED = frozenset(COLUMNS)
 CASE_FIELDS = tuple(field.name for field in fields(Case))
 
 
@@ -40,7 +41,7 @@ class Run:
     """One folder, one machine, one commit."""
 
     def __init__(self, path: Path, environment: dict[str, Any]):
-        self.path, self.name = path, path.name
+        self.path, self.name = path, path.resolve().name
         self._environment = environment
         self._rows_path = path / "records.jsonl"
 
@@ -66,7 +67,7 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """Raises UserError, having changed nothing, where the folder is not a whole run."""
-        path = Path(path).absolute()
+        path = Path(path)
         if not path.is_dir():
             raise UserError(
                 f"{path} is not a run folder: there is no such folder.",
@@ -107,7 +108,7 @@ class Run:
         """Write rows in one flushed write, closing rows last; fill in `environment` and `at`."""
         closing_last = sorted(records, key=lambda record: record.metric == CLOSING)
         stamp = {"environment": digest(self.environment), "at": _now(), "schema": SCHEMA}
-        rows = [{**_strict(asdict(record)), **stamp} for record in closing_last]
+        rows = [{**_strict(dict(vars(record))), **stamp} for record in closing_last]
         data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
         with _explained(self._rows_path, "write"):
             if self.torn:  # else the next row would be glued to the torn one
@@ -193,7 +194,7 @@ def find(results: Path, text: str) -> Run:
         raise UserError(f"'{text}' means several runs: {names}.", "Give the whole folder name.")
     if matches:
         return Run.open(matches[0])
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         return Run.open(Path(text))
     raise _no_such_run(results, text, paths)
 
@@ -249,7 +250,7 @@ def _described_rows(run: Run, open_cases: bool) -> Iterator[dict[str, Any]]:
 def _describe(run: Run, case: Case, resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about a case that is not measured, flat."""
     processor = "gpu_name" if case.device == "cuda" else "cpu_name"
-    known = {"run": run.name, "device_name": run.environment.get(processor, "unknown")}
+    known = {"run": run.name, "device_name": run.environment.get(processor) or "unknown"}
     config = {f"config.{name}": value for name, value in resolved.get("config", {}).items()}
     values = {name: getattr(case, name) for name in CASE_FIELDS}
     return known | {"label": resolved.get("label", case.arch)} | values | config
@@ -271,10 +272,12 @@ def _data_frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> "pd.DataF
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        missing = [name for name in COLUMNS if name not in row]
-        if missing:
-            raise ValueError(f"no field '{missing[0]}'")
-        row["samples"] = [math.nan if value is None else value for value in row["samples"]]
+        if not isinstance(row, dict):
+            raise ValueError(f"got {type(row).__name__}, expected an object")
+        if not row.keys() >= _REQUIRED:
+            raise ValueError(f"fields missing: {', '.join(sorted(_REQUIRED - row.keys()))}")
+        if None in row["samples"]:  # how _strict writes NaN
+            row["samples"] = [math.nan if value is None else value for value in row["samples"]]
     except (TypeError, ValueError) as error:  # ValueError: not JSON, not UTF-8
         raise UserError(
             f"{path}, line {number} is not a row: {error}. Nothing was changed.",
@@ -327,9 +330,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Written beside, then renamed: readers see the old file or the new one, never a part."""
+    text = json.dumps(content, indent=1) + "\n"
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -3,10 +3,9 @@
 Your own file: CAT_BENCH_ARCH=path/to/mine.py python -m pytest tests/test_contract.py
 """
 
-import os
-
 import contract
 import pytest
+
 from cat_bench import spec
 from cat_bench.architecture import build
 

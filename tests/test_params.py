@@ -1,9 +1,10 @@
-"""Costs at full size, on the meta device: parameters, state and FLOPs as the specification has them.
+"""Costs at full size, on the meta device: parameters, state and FLOPs of the specification.
 
 Sources: cat_spec.md 1.6 (parameters), evaluation_spec.md 4.4 (state), cat_spec.md 5 (FLOPs).
 """
 
 import pytest
+
 from cat_bench import spec
 from cat_bench.architecture import Architecture, build, generation_flops
 
@@ -104,7 +105,9 @@ def test_state_ratios_to_dense() -> None:
     ratio = dense.state_bytes_float(512, 1024) / cat.state_bytes_float(512, 1024)
     assert round(ratio, 2) == 3.76
     weights = 2 * dense.num_params, 2 * cat.num_params  # bytes
-    totals = (m.state_bytes_float(512, 1024) + w for m, w in zip((dense, cat), weights, strict=True))
+    totals = (
+        m.state_bytes_float(512, 1024) + w for m, w in zip((dense, cat), weights, strict=True)
+    )
     assert round(next(totals) / next(totals), 1) == 3.0
 
 

@@ -1,0 +1,688 @@
+"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 all ok; 1 internal error; 2 usage; 3 some cases failed, records kept; 4 `compare`
+found a regression; 130 interrupted, records kept. Everything heavy is imported inside the function
+that needs it, so that `--help` and `list` answer at once, without torch and pandas.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cat_bench import spec, store
+from cat_bench.case import Case, Options
+from cat_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from cat_bench.runner import Progress, Summary
+
+EXIT_USAGE, EXIT_FAILED_CASES, EXIT_REGRESSION, EXIT_INTERRUPTED = 2, 3, 4, 130
+SCALES = ("smoke", "h100", "paper")
+
+app = typer.Typer(
+    help="Measures the Compress-and-Attend Transformer (CAT) beside its competitors.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # main() prints errors
+    rich_markup_mode=None,  # plain text; importing rich would double the start time
+)
+
+
+def main() -> None:
+    """The console script. UserError is caught here and nowhere else."""
+    if "--debug" not in sys.argv:
+        sys.excepthook = _one_line
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        _say(f"error: {error}")
+        sys.exit(EXIT_USAGE)
+
+
+def _one_line(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+    """In place of a traceback; Python then exits with code 1."""
+    _say(f"internal error: {kind.__name__}: {' '.join(str(error).split())[:300]}")
+    _say("       Nothing stored was lost. Run it again with --debug for the traceback.")
+
+
+def _say(text: str) -> None:
+    """To stderr: progress, warnings, errors."""
+    typer.echo(text, err=True)
+
+
+# --- flags that several commands share -----------------------------------------------------------
+
+
+def _complete_architecture(incomplete: str) -> list[str]:
+    names = [name for info in spec.architectures() for name in (info.name, *info.presets)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _complete_suite(incomplete: str) -> list[str]:
+    return [name for name, _ in spec.suites() if name.startswith(incomplete)]
+
+
+def _complete_exhibit(incomplete: str) -> list[str]:
+    names = ["all", *(name for name, _ in spec.exhibits())]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+Results = Annotated[
+    Path, typer.Option("--results", envvar="CAT_BENCH_RESULTS", help="The folder of all runs.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Suite = Annotated[
+    str | None, typer.Argument(help="What to measure.", autocompletion=_complete_suite)
+]
+Architectures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-a",
+        "--arch",
+        help="name:key=value,...; a file name, a preset, or a path. Repeatable.",
+        autocompletion=_complete_architecture,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; default: cuda where there is a GPU.")
+]
+Match = Annotated[
+    str | None,
+    typer.Option(help="params, state, flops or latency: widths that match the first -a."),
+]
+Exhibit = Annotated[
+    str | None,
+    typer.Argument(help="table1 ... fig8, or all.", autocompletion=_complete_exhibit),
+]
+DEFAULT_RESULTS = Path("results")
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        str | None, typer.Argument(help="architectures, suites, exhibits or runs.")
+    ] = None,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show architectures, suites, exhibits and runs."""
+    if what not in (None, *LISTINGS):
+        raise UserError(f"cannot list '{what}'.", f"It is one of: {', '.join(LISTINGS)}.")
+    found = {kind: LISTINGS[kind](results) for kind in LISTINGS if what in (None, kind)}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for kind, entries in found.items():
+        typer.echo(kind if entries else f"{kind}: none yet")
+        width = max((len(entry["name"]) for entry in entries), default=0)
+        for entry in entries:
+            for line in _entry_lines(entry, width):
+                typer.echo(f"  {line}")
+
+
+@app.command()
+def run(
+    suite: Suite = None,
+    arch: Architectures = None,
+    batch_size: Annotated[str | None, typer.Option(help="1,64,256")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Prompt + new tokens: 1024,4096")] = None,
+    prompt_len: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    device: Device = None,
+    seed: Annotated[str, typer.Option(help="0,1,2")] = "0",
+    decode_path: Annotated[str | None, typer.Option(help="eager, cuda_graph, ...")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Default: by the time one takes.")] = None,
+    reference_every: Annotated[
+        int | None, typer.Option(help="A reference case before every k-th: shows drift.")
+    ] = None,
+    match: Match = None,
+    name: Annotated[str | None, typer.Option(help="Of the run; default: the suite's.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, run nothing.")
+    ] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
+    retry: Annotated[str, typer.Option(help="With --resume: oom,failed,unsupported.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 3600.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models on the CPU.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure, each case in a fresh process, into one run folder."""
+    if resume:
+        target = _resumed(results, resume, suite, arch)
+        cases, retried = list(target.cases().values()), frozenset(filter(None, retry.split(",")))
+    else:
+        options = Options(
+            batch_sizes=_counts("--batch-size", batch_size),
+            seq_lens=_counts("--seq-len", seq_len),
+            prompt_len=prompt_len,
+            dtype=dtype,
+            device=_device(device, quick),
+            seeds=_counts("--seed", seed) or (0,),
+            decode_path=decode_path,
+            repeats=repeats,
+            match=match,
+            scale="smoke" if quick else "custom",
+            reference_every=reference_every,
+        )
+        environment = _environment(options.device)
+        cases, resolved = _plan(suite, arch or [], options, environment)
+        if dry_run:
+            _print_plan(cases, resolved, environment, as_json)
+            return
+        _check_machine(cases)
+        run_name = name or (f"quick-{suite}" if quick else str(suite))
+        target, retried = store.Run.create(results, run_name, environment, cases, resolved), None
+    summary = _measure(target, cases, retried or frozenset(), timeout)
+    _print_run(target, as_json)
+    _exit_after(target, summary)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Number, name or path.")],
+    case: Annotated[str | None, typer.Option(help="Every sample of this case (its key).")] = None,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the table of a run, or every sample of a case."""
+    from cat_bench import report
+
+    found = _found(results, run)
+    if case is None:
+        _print_run(found, as_json)
+    elif as_json:
+        typer.echo(json.dumps(_case_document(found, case), indent=1))
+    else:
+        typer.echo(report.case_text(found, case))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="The run before.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The run after.")],
+    across_machines: Annotated[
+        bool, typer.Option("--across-machines", help="Ratios to Dense, for different GPUs.")
+    ] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two runs; exit code 4 where a case got slower.
+
+    + worse, - better, ~ within noise, ! newly failing, x not comparable.
+    """
+    from cat_bench import report
+
+    made = report.compare_table(_found(results, a), _found(results, b), across_machines)
+    typer.echo(report.as_json(made) if as_json else report.terminal(made))
+    if made.num_worse:
+        raise typer.Exit(EXIT_REGRESSION)
+
+
+@app.command("report")
+def report_(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One or several runs.")],
+    form: Annotated[
+        str, typer.Option("--format", help="table, json, csv, markdown, latex or html.")
+    ] = "table",
+    published: Annotated[
+        bool, typer.Option("--published", help="The paper's ratios beside ours.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write a file.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print one table of several runs, in any format."""
+    from cat_bench import report
+    from cat_bench.paper import _published
+
+    found = [_found(results, text) for text in runs]
+    points = _published.load() if published else ()
+    text = report.report_text(found, "json" if as_json else form, points)
+    if output is None:
+        typer.echo(text)
+    else:
+        _write(output, text)
+        _say(f"written: {output}")
+
+
+@app.command()
+def doctor(results: Results = DEFAULT_RESULTS, as_json: Json = False, debug: Debug = False) -> None:
+    """Check this machine, and say how to repair it."""
+    from cat_bench import environment
+
+    checks = environment.doctor(results)
+    if as_json:
+        typer.echo(json.dumps([check._asdict() for check in checks], indent=1))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            typer.echo(f"{check.status:4}  {check.name:{width}}  {check.detail}")
+            if check.fix and check.status != "ok":
+                typer.echo(f"{'':4}  {'':{width}}  -> {check.fix}")
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(EXIT_FAILED_CASES)
+
+
+@app.command()
+def paper(
+    exhibit: Exhibit = None,
+    scale: Annotated[str, typer.Option(help="smoke, h100 or paper; never mixed.")] = "h100",
+    run_missing: Annotated[
+        bool, typer.Option("--run", help="Measure what is missing (smoke always does).")
+    ] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Render the paper's tables and figures, or list them.
+
+    Without a name: every exhibit with its status.
+    """
+    from cat_bench.paper import _build
+
+    _check_scale(scale)
+    if exhibit is None:
+        _print_statuses(_build.statuses(results, scale), as_json)
+        return
+    sweeps: list[tuple[store.Run, Summary]] = []
+    measure = _measure_missing(results, scale, sweeps) if run_missing or scale == "smoke" else None
+    built = _build.build(_exhibit_names(exhibit), scale, results, measure)
+    if as_json:
+        typer.echo(json.dumps(_build_document(built), indent=1, default=str))
+    else:
+        _print_statuses(built.statuses, as_json=False)
+        _print_files(built.files, built.report_html)
+    for target, summary in sweeps:
+        _exit_after(target, summary)
+
+
+# --- list ----------------------------------------------------------------------------------------
+
+
+def _list_architectures(_: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": info.name,
+            "summary": info.summary,
+            "settings": {key: _setting(field) for key, field in info.fields.items()},
+            "presets": info.presets,
+            "decode_paths": {path: _readiness(info, path) for path in info.decode_paths},
+        }
+        for info in spec.architectures()
+    ]
+
+
+def _setting(field: spec.Field) -> Any:
+    return None if field.default is spec.NO_DEFAULT else field.default
+
+
+def _readiness(info: spec.ArchitectureInfo, decode_path: str) -> str:
+    package = info.missing(decode_path)
+    return f"needs {package}: {_install_command(package)}" if package else "ready"
+
+
+def _install_command(package: str) -> str:
+    from cat_bench.environment import PACKAGES
+
+    commands = {known.module: known.install for known in PACKAGES}
+    return commands.get(package, f"pip install {package}")
+
+
+def _list_suites(_: Path) -> list[dict[str, Any]]:
+    return [{"name": name, "summary": summary} for name, summary in spec.suites()]
+
+
+def _list_exhibits(_: Path) -> list[dict[str, Any]]:
+    return [{"name": name, "summary": title} for name, title in spec.exhibits()]
+
+
+def _list_runs(results: Path) -> list[dict[str, Any]]:
+    """A folder that cannot be read is listed with the reason: the others must stay visible."""
+    entries = []
+    for path in store.folders(results):
+        try:
+            found = store.Run.open(path)
+            machine = found.environment.get("machine_line", "unknown machine")
+            summary = f"{len(found.closed())} of {len(found.cases())} cases; {machine}"
+        except UserError as error:
+            summary = f"unreadable: {error.message}"
+        entries.append({"name": path.name, "summary": summary})
+    return entries
+
+
+LISTINGS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "architectures": _list_architectures,
+    "suites": _list_suites,
+    "exhibits": _list_exhibits,
+    "runs": _list_runs,
+}
+
+
+def _entry_lines(entry: dict[str, Any], width: int) -> Iterator[str]:
+    yield f"{entry['name']:{width}}  {entry['summary']}"
+    indent = " " * (width + 2)
+    if entry.get("presets"):
+        yield f"{indent}presets: {', '.join(entry['presets'])}"
+    if "settings" in entry:
+        settings = " ".join(f"{key}={value}" for key, value in entry["settings"].items())
+        yield f"{indent}settings: {settings}"
+    for path, state in entry.get("decode_paths", {}).items():
+        yield f"{indent}decode path {path}: {state}"
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+
+def _counts(flag: str, text: str | None) -> tuple[int, ...] | None:
+    """(1, 64) of "1,64". Raises UserError for anything but whole numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(piece) for piece in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"{flag} '{text}' is not a list of whole numbers.", f"Example: {flag} 1,64"
+        ) from error
+
+
+def _device(asked: str | None, quick: bool) -> str:
+    """The asked one; else the GPU where there is one. --quick is defined on the CPU."""
+    if quick:
+        if asked not in (None, "cpu"):
+            raise UserError(f"--quick runs on the CPU, got --device {asked}.", "Drop one of them.")
+        return "cpu"
+    if asked is not None:
+        return asked
+    from cat_bench.environment import nvml_device
+
+    return "cpu" if nvml_device() is None else "cuda"
+
+
+def _environment(device: str) -> dict[str, Any]:
+    from cat_bench import environment
+
+    captured = environment.capture(sys.argv)
+    return captured | {"machine_line": environment.machine_line(captured, device)}
+
+
+def _plan(
+    suite: str | None, arch: list[str], options: Options, environment: dict[str, Any]
+) -> tuple[list[Case], dict[str, dict]]:
+    """The cases and what they resolve to; a case that is impossible anywhere is refused here."""
+    if suite is None:
+        raise UserError("run needs a suite.", "Example: cat-bench run efficiency -a dense -a cat-8")
+    from cat_bench import predict, suites
+
+    planner = suites.load(suite)
+    specs = [spec.parse(text) for text in arch]
+    if options.scale == "smoke":
+        specs = [spec.tiny(one) for one in specs]
+    cases = planner.plan(specs, options)
+    gpu_name = environment.get("gpu_name")
+    if options.match and specs:
+        largest = max(cases, key=lambda case: (case.batch_size, case.seq_len))
+        specs = predict.matched(
+            specs,
+            options.match,
+            largest.batch_size,
+            largest.seq_len,
+            prompt_len=largest.prompt_len,
+            dtype=largest.dtype,
+            device_name=gpu_name,
+        )
+        cases = planner.plan(specs, options)
+    first = specs[0] if options.match else None
+    resolved = predict.resolve(cases, gpu_name, options.match, first)
+    for warning in dict.fromkeys(text for row in resolved.values() for text in row["warnings"]):
+        _say(f"warning: {warning}")
+    return cases, resolved
+
+
+def _print_plan(
+    cases: list[Case],
+    resolved: dict[str, dict],
+    environment: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from cat_bench import predict
+
+    on_gpu = any(case.device == "cuda" for case in cases)
+    memory = environment.get("gpu_memory_bytes") if on_gpu else None
+    table = predict.plan_table(cases, resolved, memory)
+    if as_json:
+        plan = [{"key": case.key, **vars(case), **resolved[case.key]} for case in cases]
+        typer.echo(json.dumps(plan, indent=1))
+        return
+    typer.echo(f"plan: {_plan_line(cases)}")
+    typer.echo("\n".join(f"  {line}" for line in table.to_string(index=False).splitlines()))
+    typer.echo("Nothing was run.")
+
+
+def _plan_line(cases: list[Case]) -> str:
+    """What the cases share: "6 cases, 2 architectures, bfloat16, cuda, cuda_graph, seed 0"."""
+    parts = [
+        _plural(len(cases), "case"),
+        _plural(len({case.arch for case in cases}), "architecture"),
+    ]
+    for name in ("dtype", "device", "decode_path"):
+        parts.append("/".join(sorted({getattr(case, name) for case in cases})))
+    return ", ".join([*parts, "seed " + "/".join(str(s) for s in sorted({c.seed for c in cases}))])
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _check_machine(cases: list[Case]) -> None:
+    """Raises UserError where this machine has no GPU or lacks a package that a case needs."""
+    if any(case.device == "cuda" for case in cases):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"device cuda was asked for, but torch {torch.__version__} sees no CUDA GPU.",
+                "Use --device cpu, or look at `cat-bench doctor`.",
+            )
+    for arch, decode_path in sorted({(case.arch, case.decode_path) for case in cases}):
+        package = spec.describe(spec.parse(arch).name).missing(decode_path)
+        if package:
+            raise UserError(
+                f"{arch}: decode path '{decode_path}' needs the package {package}, "
+                "which is not installed.",
+                f"Install it: {_install_command(package)}. Or use --decode-path eager.",
+            )
+
+
+def _resumed(results: Path, name: str, suite: str | None, arch: list[str] | None) -> store.Run:
+    """The run to continue, if this machine may. Nothing is changed before that is clear."""
+    from cat_bench import runner
+
+    if suite or arch:
+        raise UserError("--resume continues a run as it was planned.", "Drop the suite and -a.")
+    found = _found(results, name)
+    devices = {case.device for case in found.cases().values()}
+    environment = _environment("cuda" if "cuda" in devices else "cpu")
+    runner.check_resume(found, environment)
+    _check_machine(list(found.cases().values()))
+    found.resume_under(environment)
+    return found
+
+
+def _found(results: Path, text: str) -> store.Run:
+    found = store.find(results, text)
+    if found.torn:
+        _say(f"warning: the last row of {found.name} was cut short and is left out.")
+    return found
+
+
+def _measure(
+    target: store.Run, cases: list[Case], retry: frozenset[str], timeout_s: float
+) -> "Summary":
+    from cat_bench import runner
+
+    _say(f"measuring {_plural(len(cases), 'case')} into {target.path}")
+    with _progress() as progress:
+        return runner.execute(cases, target, retry=retry, timeout_s=timeout_s, progress=progress)
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """One bar on a terminal, else one line per case; both on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _progress_line
+        return
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(done: int, total: int, case: Case | None, eta_s: float | None) -> None:
+            text = _case_text(case, eta_s) if case else "done"
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield update
+
+
+def _progress_line(done: int, total: int, case: Case | None, eta_s: float | None) -> None:
+    if case:
+        _say(f"[{done + 1}/{total}] {_case_text(case, eta_s)}")
+
+
+def _case_text(case: Case, eta_s: float | None) -> str:
+    left = "" if eta_s is None else f", about {eta_s:.0f} s left"
+    return f"{case.arch}, batch {case.batch_size}, length {case.seq_len}{left}"
+
+
+def _exit_after(target: store.Run, summary: "Summary") -> None:
+    """Say how the run ended, on stderr, and leave with its exit code unless all is well."""
+    if summary.interrupted:
+        num_closed, num_cases = len(target.closed()), len(target.cases())
+        _say(
+            f"interrupted after {num_closed} of {_plural(num_cases, 'case')}. Kept: {target.path}. "
+            f"Continue: cat-bench run --resume {target.name}"
+        )
+        raise typer.Exit(EXIT_INTERRUPTED)
+    _say(f"kept: {target.path}")
+    num_bad = summary.failed + summary.unsupported
+    if num_bad:
+        _say(
+            f"{_plural(num_bad, 'case')} failed; the rows say why. "
+            f"Again: cat-bench run --resume {target.name} --retry failed,unsupported"
+        )
+        raise typer.Exit(EXIT_FAILED_CASES)
+
+
+def _print_run(target: store.Run, as_json: bool) -> None:
+    from cat_bench import report
+
+    made = report.run_table(target)
+    typer.echo(report.as_json(made) if as_json else report.terminal(made))
+
+
+def _case_document(found: store.Run, key: str) -> dict[str, Any]:
+    """One case with all rows and the run's environment, for --json."""
+    cases = {known: case for known, case in found.cases().items() if known.startswith(key)}
+    if len(cases) != 1:
+        raise UserError(
+            f"'{key}' means {len(cases)} cases of {found.name}, expected one.",
+            f"Its cases: {', '.join(list(found.cases())[:5])} ...",
+        )
+    (full_key, case) = cases.popitem()
+    rows = json.loads(found.records().query("case == @full_key").to_json(orient="records"))
+    return {"case": vars(case), "records": rows, "environment": found.environment}
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}.", "Give -o a file in a folder that exists."
+        ) from error
+
+
+# --- paper ---------------------------------------------------------------------------------------
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in SCALES:
+        raise UserError(f"unknown scale '{scale}'.", f"It is one of: {', '.join(SCALES)}.")
+
+
+def _exhibit_names(asked: str) -> list[str]:
+    names = [name for name, _ in spec.exhibits()]
+    if asked != "all" and asked not in names:
+        raise UserError(
+            f"unknown exhibit '{asked}'.{spec.did_you_mean(asked, names)}",
+            f"Available: all, {', '.join(names)}.",
+        )
+    return names if asked == "all" else [asked]
+
+
+def _measure_missing(
+    results: Path, scale: str, sweeps: "list[tuple[store.Run, Summary]]"
+) -> Callable[[list[Case]], None]:
+    """What measures the cases that an exhibit lacks, all in one new run folder."""
+
+    def measure(cases: list[Case]) -> None:
+        from cat_bench import predict
+
+        if not cases:
+            return
+        _check_machine(cases)
+        environment = _environment(cases[0].device)
+        resolved = predict.resolve(cases, environment.get("gpu_name"))
+        target = store.Run.create(results, scale, environment, cases, resolved)
+        summary = _measure(target, cases, frozenset(), 3600.0)
+        sweeps.append((target, summary))
+        if summary.interrupted:
+            _exit_after(target, summary)
+
+    return measure
+
+
+def _print_statuses(statuses: list[Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([vars(status) for status in statuses], indent=1))
+        return
+    widths = [max(len(getattr(s, part)) for s in statuses) for part in ("name", "status")]
+    for status in statuses:
+        line = f"{status.name:{widths[0]}}  {status.status:{widths[1]}}  {status.title}"
+        typer.echo(f"{line}  ({status.detail})" if status.detail else line)
+
+
+def _print_files(files: list[Path], report_html: Path | None) -> None:
+    """Where the results are, last and easy to find."""
+    for folder in sorted({path.parent for path in files}):
+        kinds = sorted({path.suffix for path in files if path.parent == folder})
+        typer.echo(f"Tables and figures: {folder} ({' '.join(kinds)})")
+    if report_html is not None:
+        typer.echo(f"HTML report:        {report_html}")
+
+
+def _build_document(built: Any) -> dict[str, Any]:
+    return {
+        "statuses": [vars(status) for status in built.statuses],
+        "files": [str(path) for path in built.files],
+        "report_html": str(built.report_html) if built.report_html else None,
+    }

@@ -1,0 +1,359 @@
+"""One style and the few kinds of plot that the exhibits share. matplotlib only, no torch.
+
+Every architecture keeps its colour (Okabe-Ito, safe for colour-blind readers) and its marker in all
+figures. Lines and filled markers are ours, with 95 % intervals; hollow markers are the paper's.
+Seconds and GiB of another GPU are never drawn over ours: there only ratios to Dense are
+(design.md 8). A case out of memory is an x at the upper edge. Whole figures come from
+`efficiency_figure` and `mask_figure`; `save` writes SVG, PDF and PNG.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from cat_bench import report
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "xtick.direction": "out",
+    "ytick.direction": "out",
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 3,  # an eighth of the time that type 42 takes
+    "svg.hashsalt": "cat-bench",  # the same rows give the same file
+}
+SMOKE_STAMP = "smoke scale: proves the pipeline, numbers are meaningless"
+PAPER_DEVICE = "A100 80GB PCIe"  # Appendix B.1
+WIDTH_IN = 7.2  # inches: a page's text width
+CAPTION_COLUMNS = 138  # characters of a caption line at that width
+
+
+class Look(NamedTuple):
+    color: str
+    marker: str
+    line: str = "-"
+
+
+LOOKS = {
+    "Dense": Look("#000000", "o"),
+    "Dense-2D": Look("#7a7a7a", "s", "--"),
+    "CAT-4": Look("#56b4e9", "H", "--"),
+    "CAT-8": Look("#0072b2", "D"),
+    "CAT-16": Look("#56b4e9", "^"),
+    "CAT-32": Look("#009e73", "v"),
+    "CAT-64": Look("#009e73", "d", "--"),
+    "Mamba2": Look("#e69f00", "P"),
+    "GDN": Look("#d55e00", "X"),
+    "GDN-H1": Look("#d55e00", "<", "--"),
+    "BASED": Look("#cc79a7", "p"),
+    "BASED (unpatched)": Look("#cc79a7", "8", "--"),
+    "BASED-2x": Look("#cc79a7", "8", "--"),
+    "Sparse": Look("#b8a800", ">", "--"),
+    "Sparse-2D": Look("#b8a800", "h"),
+    "Sliding": Look("#8c564b", "*"),
+}
+SPARE_LOOKS = tuple(
+    Look(color, marker, ":")
+    for marker in ("o", "s", "^")
+    for color in ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")
+)
+
+
+def look(label: str, spare: int = 0) -> Look:
+    """The colour and marker of an architecture; "BASED (patched)" looks like "BASED"."""
+    known = LOOKS.get(label) or LOOKS.get(label.split(" (")[0])
+    return known or SPARE_LOOKS[spare % len(SPARE_LOOKS)]
+
+
+class Panel(NamedTuple):
+    """One axes of an efficiency figure: a quantity over the x axis."""
+
+    value: str  # column of `report.measured`
+    title: str
+    label: str
+    published: str  # unit of the paper's points: "s" or "GiB"
+    is_ratio: bool = False  # to Dense: may carry the paper's points from any GPU
+    low: str | None = None  # columns of the interval
+    high: str | None = None
+    divisor: float = 1.0
+
+
+LATENCY = Panel(
+    "latency_s", "latency", "Latency (s)", "s", low="latency_s_low", high="latency_s_high"
+)
+MEMORY = Panel("peak_bytes", "peak memory", "Peak memory (GiB)", "GiB", divisor=report.GIB)
+SPEEDUP = Panel(
+    "speedup", "speed-up over Dense", "Speed-up (x)", "s", True, "speedup_low", "speedup_high"
+)
+REDUCTION = Panel(
+    "memory_ratio", "memory reduction over Dense", "Memory reduction (x)", "GiB", True
+)
+ALL_PANELS = (LATENCY, MEMORY, SPEEDUP, REDUCTION)
+
+
+class Axis(NamedTuple):
+    """What the x axis varies."""
+
+    name: str  # column of the rows and coordinate of the published points
+    label: str
+
+
+BATCH = Axis("batch_size", "Batch size")
+LENGTH = Axis("seq_len", "Sequence length (tokens)")
+D_STATE = Axis("d_state", "State size per head, d_state")
+
+
+def efficiency_figure(
+    rows: pd.DataFrame,
+    published: Sequence,
+    axis: Axis,
+    caption: str,
+    panels: Sequence[Panel] = ALL_PANELS,
+    is_smoke: bool = False,
+) -> Figure:
+    """`rows` (report.measured) over `axis`, one panel per quantity, the paper's points beside."""
+    with matplotlib.rc_context(STYLE):
+        columns = min(2, len(panels))
+        figure = Figure(
+            figsize=(WIDTH_IN, 0.9 + 2.35 * -(-len(panels) // columns)), layout="constrained"
+        )
+        grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
+        labels = _labels(rows, published)
+        for letter, axes, panel in zip("abcdef", grid.flat, panels, strict=False):
+            _draw_panel(axes, panel, rows, published, axis, labels)
+            axes.set_title(f"({letter}) {panel.title}")
+        _legend(figure, grid, labels, rows, published)
+        _finish(figure, caption, is_smoke)
+    return figure
+
+
+def _labels(rows: pd.DataFrame, published: Sequence) -> list[str]:
+    """All labels, ours first, then those that only the paper has."""
+    ours = list(rows["label"]) if len(rows) else []
+    return list(dict.fromkeys([*ours, *(point.row for point in published if is_plotted(point))]))
+
+
+def is_plotted(point) -> bool:
+    """Claims and recomputed numbers are remarks; only points of a plot are drawn."""
+    return point.kind == "digitised" and point.unit in ("s", "GiB")
+
+
+def _draw_panel(
+    axes: Axes,
+    panel: Panel,
+    rows: pd.DataFrame,
+    published: Sequence,
+    axis: Axis,
+    labels: list[str],
+) -> None:
+    points = published_points(panel, published, axis, rows)
+    for number, label in enumerate(labels):
+        if panel.is_ratio and label == "Dense":
+            axes.axhline(1, color=look(label).color, linewidth=1.5, zorder=1)
+            continue
+        if len(rows):
+            _draw_ours(axes, panel, rows[rows["label"] == label], axis, number)
+        _draw_published(axes, points.get(label, {}), look(label, number))
+    axes.set_xlabel(axis.label)
+    axes.set_ylabel(panel.label)
+    _scale_axes(axes, panel, _ticks(axis, rows, published))
+
+
+def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number: int) -> None:
+    """The line of one architecture; what has no place on the x axis is a level line."""
+    if rows.empty or panel.value not in rows:
+        return
+    style, rows = look(rows["label"].iloc[0], number), rows.sort_values(axis.name)
+    ok = rows[(rows["status"] == "ok") & rows[panel.value].notna()]
+    for level in ok.loc[ok[axis.name].isna(), panel.value]:
+        axes.axhline(level / panel.divisor, color=style.color, linewidth=1.5, zorder=1)
+    ok = ok[ok[axis.name].notna()]
+    x, y = ok[axis.name].astype(float), ok[panel.value].astype(float) / panel.divisor
+    axes.plot(
+        x, y, color=style.color, marker=style.marker, linestyle=style.line,
+        markeredgecolor="white", markeredgewidth=0.5, zorder=4,
+    )  # fmt: skip
+    error = _error(ok, panel, y)
+    if error is not None:
+        axes.errorbar(x, y, error, fmt="none", ecolor=style.color, capsize=2.5, zorder=3)
+    for x_out in rows.loc[rows["status"] == "oom", axis.name].dropna():
+        # One below the other where several architectures run out of memory at the same x.
+        axes.plot(
+            float(x_out), 0.98 - 0.06 * (number % 10), transform=axes.get_xaxis_transform(),
+            color=style.color, marker="x", markersize=6.5, markeredgewidth=1.8, linestyle="none",
+            clip_on=False, zorder=5,
+        )  # fmt: skip
+
+
+def _error(rows: pd.DataFrame, panel: Panel, y: pd.Series) -> np.ndarray | None:
+    """Distances to both ends of the interval, 0 where there is none; None without columns."""
+    if panel.low is None or panel.low not in rows:
+        return None
+    low, high = (rows[name] / panel.divisor for name in (panel.low, panel.high))
+    return np.nan_to_num(np.maximum([(y - low).to_numpy(float), (high - y).to_numpy(float)], 0))
+
+
+def published_points(
+    panel: Panel, published: Sequence, axis: Axis, rows: pd.DataFrame
+) -> dict[str, dict[float, float]]:
+    """label -> {x: value} of the paper, for one panel; empty where they must not be compared."""
+    values: dict[str, dict[float, float]] = {}
+    for point in published:
+        if is_plotted(point) and point.unit == panel.published and axis.name in point.x:
+            values.setdefault(point.row, {})[float(point.x[axis.name])] = point.value
+    if not panel.is_ratio:
+        return values if may_overlay(rows) else {}
+    dense = values.get("Dense", {})
+    return {
+        label: {x: dense[x] / y for x, y in line.items() if x in dense}
+        for label, line in values.items()
+    }
+
+
+def may_overlay(rows: pd.DataFrame) -> bool:
+    """The paper's seconds and GiB may stand beside ours only from the same GPU model."""
+    return rows.empty or all(PAPER_DEVICE in str(name) for name in rows["device_name"])
+
+
+def _draw_published(axes: Axes, line: dict[float, float], style: Look) -> None:
+    x = sorted(line)
+    if x:
+        axes.plot(
+            x, [line[value] for value in x], color=style.color, marker=style.marker,
+            markerfacecolor="white", markeredgewidth=1.1, linestyle=(0, (1, 2)), linewidth=0.9,
+            zorder=2,
+        )  # fmt: skip
+
+
+def _ticks(axis: Axis, rows: pd.DataFrame, published: Sequence) -> list[float]:
+    """Every x that is measured or published, so that all panels share one axis."""
+    x = {float(p.x[axis.name]) for p in published if is_plotted(p) and axis.name in p.x}
+    return sorted(x | set(rows[axis.name].dropna().astype(float) if len(rows) else ()))
+
+
+def _scale_axes(axes: Axes, panel: Panel, ticks: Sequence[float]) -> None:
+    """Powers of two on x, plain numbers everywhere."""
+    axes.set_xscale("log", base=2)
+    if ticks:
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+    if panel.is_ratio:
+        axes.set_ylim(0, max(1.25, axes.get_ylim()[1]))
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    steps = (1,) if high / low > 300 else (1, 2, 5) if high / low > 5 else (1, 1.5, 2, 3, 4, 5, 7)
+    ticks_y = [step * 10.0**power for power in range(-6, 7) for step in steps]
+    axes.yaxis.set_major_locator(FixedLocator([y for y in ticks_y if low <= y <= high]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+
+
+def _legend(
+    figure: Figure, grid: np.ndarray, labels: list[str], rows: pd.DataFrame, published: Sequence
+) -> None:
+    """One legend above all panels."""
+    ours = set(rows["label"]) if len(rows) else set()
+    handles = []
+    for number, label in enumerate(labels):
+        style = look(label, number)
+        is_ours = label in ours
+        handles.append(
+            Line2D(
+                [], [], color=style.color, marker=style.marker, label=label,
+                linestyle=style.line if is_ours else (0, (1, 2)),
+                markerfacecolor=style.color if is_ours else "white",
+                linewidth=1.5 if is_ours else 0.9,
+            )
+        )  # fmt: skip
+    if any(is_plotted(point) for point in published):
+        handles.append(
+            Line2D(
+                [], [], color="#555555", marker="o", markerfacecolor="white", linewidth=0.9,
+                linestyle=(0, (1, 2)), label="paper (A100, digitised)",
+            )
+        )  # fmt: skip
+    if len(rows) and (rows["status"] == "oom").any():
+        handles.append(
+            Line2D([], [], color="#555555", marker="x", linestyle="none", label="out of memory")
+        )
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
+
+
+def _finish(figure: Figure, caption: str, is_smoke: bool) -> None:
+    """The caption under the panels, and the stamp over figures that prove nothing."""
+    paragraphs = caption.split("\n")
+    lines = [line for text in paragraphs for line in textwrap.wrap(text, CAPTION_COLUMNS)]
+    figure.supxlabel("\n".join(lines), fontsize=7, color="#444444", x=0.01, ha="left")
+    if is_smoke:
+        figure.suptitle(SMOKE_STAMP, color="#b00020", fontsize=10, fontweight="bold")
+
+
+def mask_figure(masks: Sequence[tuple[str, np.ndarray, int]], caption: str) -> Figure:
+    """(title, allowed[query, key], period of its slots) side by side: who sees whom in CAT."""
+    colors = ("#ffffff", "#0072b2", "#e69f00")
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True}):
+        figure = Figure(figsize=(WIDTH_IN, 4.35), layout="constrained")
+        for axes, (title, allowed, period) in zip(
+            figure.subplots(1, len(masks), squeeze=False).flat, masks, strict=True
+        ):
+            is_slot = np.arange(allowed.shape[1]) % period == 0
+            axes.imshow(
+                allowed * np.where(is_slot, 1, 2), cmap=ListedColormap(colors), vmin=0, vmax=2,
+                interpolation="nearest",
+            )  # fmt: skip
+            axes.spines[["top", "right"]].set_visible(True)
+            axes.set(title=title, xlabel="key row", ylabel="query row")
+            axes.set_xticks(range(0, allowed.shape[1], 2 * period))
+            axes.set_yticks(range(0, allowed.shape[0], 2 * period))
+        names = ("compressed chunk", "token of the same chunk", "not seen")
+        handles = [
+            Patch(facecolor=color, edgecolor="#7a7a7a", linewidth=0.6, label=name)
+            for name, color in zip(names, (colors[1], colors[2], colors[0]), strict=True)
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        _finish(figure, caption, is_smoke=False)
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """name.svg, name.pdf, name.png in `folder`, without dates: equal rows give equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{ending}" for ending in ("svg", "pdf", "png")]
+    with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not once per file
+        figure.savefig(paths[0], metadata={"Date": None})
+        figure.savefig(paths[1], metadata={"CreationDate": None})
+        figure.savefig(paths[2])
+    return paths

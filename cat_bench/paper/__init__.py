@@ -1,0 +1,1 @@
+"""The exhibits of the paper: one file per table or figure, found by its name."""

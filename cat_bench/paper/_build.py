@@ -1,0 +1,257 @@
+"""Exhibits from stored runs: which cases exist, what status that means, files and the HTML report.
+
+A case counts where a run has closed it, the newest closing wins, and all rows of one exhibit come
+from one device: the one with most of its cases. Files: results/paper/<scale>/<exhibit>.md .tex .csv
+for tables, .svg .pdf .png .csv for figures, and report.html with all of them.
+"""
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+
+from cat_bench import figures, report, spec, store
+from cat_bench.case import Case
+from cat_bench.errors import UserError
+from cat_bench.paper import _published, _settings
+from cat_bench.paper._settings import Content
+
+INDEX = "index.json"  # what each exhibit was last rendered from, to notice that its plan changed
+
+
+@dataclass(frozen=True)
+class Status:
+    name: str  # "fig2"
+    title: str
+    status: str  # "not run", "partial 7/24", "done", "stale", "not built (needs suites: pretrain)"
+    detail: str = ""  # what else to know: missing architectures, the device, cases not ok
+
+
+@dataclass(frozen=True)
+class Built:
+    statuses: list[Status]
+    files: list[Path]
+    report_html: Path | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rows of one exhibit: one device, one row set per case."""
+
+    planned: list[Case]
+    records: pd.DataFrame
+    device: str | None  # None: no case is closed
+    others: tuple[str, ...]  # devices that have cases too, but fewer
+    statuses: dict[str, str]  # case key -> status of its closing row
+
+    @property
+    def num_closed(self) -> int:
+        return len(self.statuses)
+
+
+def statuses(results: Path, scale: str) -> list[Status]:
+    """Every exhibit with its status, in the paper's order; renders nothing."""
+    _settings.scale_of(scale)
+    records, index = all_records(results)[0], _index(results, scale)
+    return [
+        _status(name, find(records, exhibit(name).plan(scale)), index.get(name))
+        for name, _ in spec.exhibits()
+    ]
+
+
+def build(
+    names: Sequence[str],
+    scale: str,
+    results: Path,
+    run_missing: Callable[[list[Case]], None] | None = None,
+) -> Built:
+    """Render `names` from what exists; `run_missing` measures, once, all cases that do not."""
+    _settings.scale_of(scale)
+    records, runs = all_records(results)
+    if run_missing:
+        run_missing(missing_cases(names, scale, records))
+        records, runs = all_records(results)
+    folder = results / "paper" / scale
+    files: list[Path] = []
+    drawn: dict[str, Content] = {}
+    made: list[Status] = []
+    index = _index(results, scale)
+    for name in names:
+        found = find(records, exhibit(name).plan(scale))
+        drawn[name] = exhibit(name).render(found.records, points_of(name), scale)
+        files += write(drawn[name], folder, name)
+        index[name] = sorted({case.key for case in found.planned})
+        made.append(_status(name, found, index[name]))
+    _write_index(folder, index)
+    html = folder / "report.html"
+    html.write_text(_html(scale, made, drawn, folder, runs, records), encoding="utf-8")
+    return Built(made, files, html)
+
+
+def exhibit(name: str) -> ModuleType:
+    """The module of an exhibit. Raises UserError where there is none of that name."""
+    known = [known for known, _ in spec.exhibits()]
+    if name not in known:
+        raise UserError(f"unknown exhibit '{name}'.", f"Available: {', '.join(known)}.")
+    return importlib.import_module(f"cat_bench.paper.{name}")
+
+
+def points_of(name: str) -> list:
+    """The paper's points; Figure 4 has none."""
+    return [point for point in _published.load() if point.exhibit == name]
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run]]:
+    """The rows of all runs that can be read. A broken run folder stops nobody else's figures."""
+    runs = []
+    for path in store.folders(results):
+        try:
+            run = store.Run.open(path)
+            store.frame([run])
+        except UserError:  # `cat-bench show` of that run says what is wrong with it
+            continue
+        runs.append(run)
+    return report.frame(runs), runs
+
+
+def find(records: pd.DataFrame, planned: list[Case]) -> Found:
+    """The newest closed rows of `planned`, all from the device that has most of them."""
+    keys = {case.key for case in planned}
+    closing = records[(records["metric"] == store.CLOSING) & records["case"].isin(keys)]
+    newest = closing.sort_values("at", kind="stable").drop_duplicates(
+        ["case", "device_name"], keep="last"
+    )
+    if newest.empty:
+        return Found(planned, records.iloc[:0], None, (), {})
+    counts = Counter(newest["device_name"])
+    latest = newest.groupby("device_name")["at"].max()
+    device = max(counts, key=lambda name: (counts[name], latest[name]))
+    chosen = newest[newest["device_name"] == device]
+    pairs = pd.MultiIndex.from_frame(chosen[["run", "case"]])
+    rows = records[pd.MultiIndex.from_frame(records[["run", "case"]]).isin(pairs)]
+    by_case = dict(zip(chosen["case"], chosen["status"], strict=True))
+    others = tuple(sorted(name for name in counts if name != device))
+    return Found(planned, rows, device, others, by_case)
+
+
+def missing_cases(names: Sequence[str], scale: str, records: pd.DataFrame) -> list[Case]:
+    """Cases of `names` that no run has closed on the exhibit's device, each once."""
+    missing: dict[str, Case] = {}
+    for name in names:
+        found = find(records, exhibit(name).plan(scale))
+        missing |= {case.key: case for case in found.planned if case.key not in found.statuses}
+    return list(missing.values())
+
+
+# --- status --------------------------------------------------------------------------------------
+
+
+def _status(name: str, found: Found, rendered: list[str] | None) -> Status:
+    module = exhibit(name)
+    known = {suite for suite, _ in spec.suites()}
+    unbuilt = [suite for suite in module.SUITES if suite not in known]
+    names = getattr(module, "ARCHITECTURES", ())
+    absent = _settings.missing(names)
+    only_dense = _settings.available(names) == ["dense"]  # the reference without its subject
+    details = [f"without {', '.join(absent)}"] if absent else []
+    if unbuilt and found.planned:
+        details.append(f"needs suites: {', '.join(unbuilt)}")
+    if found.device:
+        details.append(f"on {found.device}")
+    if found.others:
+        details.append(f"cases of {', '.join(found.others)} left out")
+    bad = Counter(status for status in found.statuses.values() if status != "ok")
+    details += [f"{number} {status}" for status, number in bad.items()]
+    return Status(
+        name,
+        module.TITLE,
+        _word(found, unbuilt, absent if only_dense else [], rendered),
+        "; ".join(details),
+    )
+
+
+def _word(
+    found: Found, unbuilt: Sequence[str], absent: Sequence[str], rendered: list[str] | None
+) -> str:
+    num_planned = len({case.key for case in found.planned})
+    if not num_planned and unbuilt:
+        return f"not built (needs suites: {', '.join(unbuilt)})"
+    if absent:
+        return f"not built (needs architectures: {', '.join(absent)})"
+    if rendered is not None and rendered != sorted({case.key for case in found.planned}):
+        return "stale"
+    if found.num_closed == num_planned:  # 0 of 0: drawn, not measured
+        return "done"
+    return f"partial {found.num_closed}/{num_planned}" if found.num_closed else "not run"
+
+
+def _index(results: Path, scale: str) -> dict[str, list[str]]:
+    """Exhibit -> keys of the cases in its plan when it was last rendered."""
+    path = results / "paper" / scale / INDEX
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is broken: {error}.", "Remove it: the next `cat-bench paper all` writes it."
+        ) from error
+
+
+def _write_index(folder: Path, index: dict[str, list[str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(sorted(index.items())), indent=1)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write(drawn: Content, folder: Path, name: str) -> list[Path]:
+    """All files of one exhibit: NAME.csv holds a figure's points, NAME_table.* its table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    if drawn.figure is not None:
+        paths += figures.save(drawn.figure, folder, name)
+    if drawn.plotted is not None:
+        paths.append(folder / f"{name}.csv")
+        drawn.plotted.to_csv(paths[-1], index=False, lineterminator="\n")
+    for table in drawn.tables:
+        stem = name if drawn.figure is None else f"{name}_table"
+        for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
+            paths.append(folder / f"{stem}.{ending}")
+            paths[-1].write_text(report.WRITERS[form](table), encoding="utf-8")
+    return paths
+
+
+def _html(
+    scale: str,
+    made: Sequence[Status],
+    drawn: dict[str, Content],
+    folder: Path,
+    runs: Sequence[store.Run],
+    records: pd.DataFrame,
+) -> str:
+    sections = [_section(status, drawn[status.name], folder) for status in made]
+    of_scale = set(records.loc[records["scale"] == scale, "run"])
+    environments = [run.environment for run in runs if run.name in of_scale]
+    title = f"cat-bench: the paper's exhibits, {_settings.scale_of(scale).says}"
+    return report.html_page(title, sections, environments)
+
+
+def _section(status: Status, drawn: Content, folder: Path) -> report.Section:
+    svg = folder / f"{status.name}.svg"
+    svgs = (svg.read_text(encoding="utf-8"),) if drawn.figure is not None else ()
+    named = {point.exhibit for point in _published.load()}
+    remarks = _published.remarks(status.name) if status.name in named else ()
+    word = f"{status.status} ({status.detail})" if status.detail else status.status
+    tables = tuple(replace(table, title="") for table in drawn.tables)
+    return report.Section(status.title, status.name, word, tables, svgs, tuple(remarks))

@@ -1,0 +1,182 @@
+"""What the efficiency figures share: measured rows -> captioned figure, table, crossing points."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from cat_bench import figures, report
+from cat_bench.case import Case
+from cat_bench.paper import _published, _settings
+from cat_bench.paper._settings import Content
+
+
+def content(
+    title: str,
+    records: pd.DataFrame,
+    published: Sequence,
+    names: Sequence[str],
+    cases: Sequence[Case],
+    axis: figures.Axis,
+    scale: str,
+    panels: Sequence[figures.Panel] = figures.ALL_PANELS,
+) -> Content:
+    """The figure, its rows, and a table with % of floor, ratios and crossing points."""
+    rows = measured(records, names, cases, scale)
+    figure = figures.efficiency_figure(
+        rows, published, axis, caption(title, rows, names, scale), panels, scale == "smoke"
+    )
+    tables = (ratio_table(title, rows, names, axis, scale),) if len(rows) else ()
+    return Content(tables, figure, plotted(rows, published))
+
+
+def measured(
+    records: pd.DataFrame, names: Sequence[str], cases: Sequence[Case], scale: str
+) -> pd.DataFrame:
+    """One row per closed case, with the exhibit's labels and its ratios to Dense."""
+    lengths = {case.seq_len for case in cases}
+    rows = report.measured(_settings.relabelled(records, names, scale, lengths))
+    if rows.empty:
+        return rows
+    rows = rows.assign(d_state=rows.get("config.d_state", math.nan))
+    return _settings.in_order(rows, names).reset_index(drop=True)
+
+
+def caption(title: str, rows: pd.DataFrame, names: Sequence[str], scale: str) -> str:
+    """Title; machine and settings; scale; what is not there. One paragraph each."""
+    parts = [f"{title}.", machine(rows), f"{_settings.scale_of(scale).says}."]
+    if len(rows):
+        parts.insert(2, settings(rows))
+    absent = _settings.missing(names)
+    if absent:
+        parts.append(f"Not built yet: {', '.join(absent)}.")
+    if len(rows) and not figures.may_overlay(rows):
+        parts.append(
+            "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
+        )
+    return "\n".join([parts[0], " ".join(parts[1:])])
+
+
+def machine(rows: pd.DataFrame) -> str:
+    if rows.empty:
+        return f"No row of ours yet: the paper's points, {figures.PAPER_DEVICE}, read off its plot."
+    return f"{'; '.join(dict.fromkeys(rows['machine']))}."
+
+
+def settings(rows: pd.DataFrame) -> str:
+    """dtype, decode path, prompt, repeats."""
+    paths = ", ".join(dict.fromkeys(rows["decode_path"]))
+    repeats = sorted({int(n) for n in rows.get("n", pd.Series(dtype=float)).dropna()})
+    text = (
+        f"{', '.join(dict.fromkeys(rows['dtype']))}, {paths}, prompt {rows['prompt_len'].iloc[0]}"
+    )
+    if repeats:
+        text += f", n = {', '.join(str(n) for n in repeats)}, median and 95 % interval"
+    return text + "."
+
+
+def ratio_table(
+    title: str, rows: pd.DataFrame, names: Sequence[str], axis: figures.Axis, scale: str
+) -> report.Table:
+    """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
+    made = report.table(rows, COLUMNS, ["batch_size", "seq_len"])
+    notes = [*report.DEFINITIONS, *crossing_notes(rows, axis), *report.failures(rows)]
+    if scale == "smoke":
+        notes.append(f"{figures.SMOKE_STAMP}.")
+    absent = _settings.missing(names)
+    if absent:
+        notes.append(f"Not built yet: {', '.join(absent)}.")
+    heading = f"{machine(rows)} {settings(rows)}"
+    return replace(made, title=title, heading=heading, notes=tuple(notes))
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+COLUMNS = (
+    *report.EFFICIENCY_COLUMNS,
+    report.Column("peak vs Dense", ("memory_ratio",), _times),
+    report.Column("state vs Dense", ("state_ratio",), _times),
+)
+
+
+def crossing_notes(rows: pd.DataFrame, axis: figures.Axis) -> list[str]:
+    """Where each CAT's latency and memory cross those of Dense and of Mamba2."""
+    notes = []
+    labels = list(dict.fromkeys(rows["label"]))
+    for reference in ("Dense", "Mamba2"):
+        for name in (name for name in labels if name.startswith("CAT-") and reference in labels):
+            for metric, word in (("latency_s", "latency"), ("peak_bytes", "peak memory")):
+                lines = [_line(rows, text, axis.name, metric) for text in (name, reference)]
+                notes.append(f"{word}, {name} against {reference}: {crossing_text(*lines, axis)}.")
+    return notes
+
+
+def _line(rows: pd.DataFrame, name: str, x: str, metric: str) -> dict[float, float]:
+    ok = rows[(rows["label"] == name) & (rows["status"] == "ok")]
+    if metric not in ok:
+        return {}
+    return {float(a): float(b) for a, b in zip(ok[x], ok[metric], strict=True) if pd.notna(b)}
+
+
+def crossing_text(a: dict[float, float], b: dict[float, float], axis: figures.Axis) -> str:
+    shared = sorted(set(a) & set(b))
+    if len(shared) < 2:
+        return "too few common points"
+    unit = axis.label.split(" (")[0].lower()
+    where = [f"crosses at {unit} {x:.0f}" for x in crossings(a, b)]
+    if where:
+        return " and ".join(where) + f", lower at {shared[-1]:.0f}" * (
+            a[shared[-1]] < b[shared[-1]]
+        )
+    word = "lower" if a[shared[0]] < b[shared[0]] else "higher"
+    return f"{word} everywhere from {shared[0]:.0f} to {shared[-1]:.0f}"
+
+
+def crossings(a: dict[float, float], b: dict[float, float]) -> list[float]:
+    """Every x where the lines a and b cross, interpolated on logarithmic axes."""
+    shared = sorted(set(a) & set(b))
+    gaps = [(math.log(x), math.log(a[x] / b[x])) for x in shared]
+    return [
+        math.exp(x0 + (x1 - x0) * gap0 / (gap0 - gap1))
+        for (x0, gap0), (x1, gap1) in zip(gaps, gaps[1:], strict=False)
+        if gap0 * gap1 < 0
+    ]
+
+
+def published_dense(exhibit: str, d_states: Sequence[int] = ()) -> list[_published.Point]:
+    """The paper's Dense points of another figure; over d_state they are the same at every x."""
+    dense = [p for p in _published.points(exhibit) if p.row == "Dense" and figures.is_plotted(p)]
+    if not d_states:
+        return dense
+    largest = max(point.x["batch_size"] for point in dense)
+    level = [point for point in dense if point.x["batch_size"] == largest]
+    return [replace(p, x={**p.x, "d_state": d_state}) for p in level for d_state in d_states]
+
+
+def plotted(rows: pd.DataFrame, published: Sequence) -> pd.DataFrame:
+    """All drawn values in SI units, ours and the paper's: the figure's CSV."""
+    names = (
+        "label",
+        "batch_size",
+        "seq_len",
+        "status",
+        "device_name",
+        *(key for column in COLUMNS for key in column.keys),
+    )
+    ours = rows.reindex(columns=list(dict.fromkeys(names))).assign(source="ours")
+    paper = [
+        {
+            "label": point.row,
+            "source": f"paper ({point.kind})",
+            "device_name": figures.PAPER_DEVICE,
+            **{name: value for name, value in point.x.items()},
+            "latency_s" if point.unit == "s" else "peak_bytes": point.value
+            * (1 if point.unit == "s" else report.GIB),
+        }
+        for point in published
+        if figures.is_plotted(point)
+    ]
+    return pd.DataFrame(ours.to_dict(orient="records") + paper)

@@ -1,0 +1,199 @@
+"""Scales and architectures of the exhibits: what is measured where, and which of it exists yet.
+
+An exhibit lists architectures by the names users type; those whose file is not there yet are left
+out and named in its status, so a new file in baselines/ appears in every exhibit without an edit.
+Scales never share a table, so the scale is part of every case.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cat_bench import spec
+from cat_bench.case import Case
+from cat_bench.errors import UserError
+from cat_bench.report import Table
+
+FAST_PATHS = ("cuda_graph", "upstream_graph", "upstream", "eager")  # the first that a model has
+SMOKE_VALUES = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
+SMOKE_WIDTH_DIVISOR, SMOKE_MIN_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
+
+# Labels of the paper's tables, by the name an exhibit asks for. Others keep their name.
+LABELS = {
+    "dense": "Dense",
+    "dense-2d": "Dense-2D",
+    "sparse": "Sparse",
+    "sparse-2d": "Sparse-2D",
+    "sliding_window": "Sliding",
+    "based": "BASED",
+    "mamba2": "Mamba2",
+    "gated_deltanet": "GDN",
+    "gdn-h1": "GDN-H1",
+    "based:window_cache=window": "BASED (patched)",
+    "based:window_cache=max_len": "BASED (unpatched)",
+}
+# Figures 2 and 3: the paper's and the field's (evaluation_spec.md 4.3).
+ARCHITECTURES = (
+    "dense", "dense-2d", "cat-8", "cat-16", "cat-32", "mamba2", "gated_deltanet", "gdn-h1",
+    "based", "sparse-2d", "sliding_window",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    name: str
+    says: str  # in every caption
+    device: str
+    dtype: str
+    batch_sizes: tuple[int, ...]  # of Figures 2 and 5; the largest one is Table 3's
+    seq_lens: tuple[int, ...]  # tokens, of Figure 3
+    seq_len: int  # tokens, of Figures 2 and 5
+    batch_size: int  # of Figure 3
+
+
+GPU_BATCHES = (1, 4, 16, 64, 128, 256, 512)
+GPU_LENGTHS = (1024, 2048, 4096)
+SCALES = {
+    "smoke": Scale(
+        "smoke", "Scale smoke: tiny models, random weights", "cpu", "float32", (1, 4), (32, 64),
+        64, 4,
+    ),
+    "h100": Scale(
+        "h100", "Scale h100: the paper's sizes on one Hopper GPU, random weights", "cuda",
+        "bfloat16", GPU_BATCHES, GPU_LENGTHS, 1024, 256,
+    ),
+    "paper": Scale(
+        "paper", "Scale paper: Appendix E in full", "cuda", "bfloat16", GPU_BATCHES, GPU_LENGTHS,
+        1024, 256,
+    ),
+}  # fmt: skip
+PROMPT_LEN = 8  # tokens, Appendix B.1
+
+
+class Content(NamedTuple):
+    """What an exhibit renders; _build.py writes the files."""
+
+    tables: tuple[Table, ...] = ()
+    figure: Figure | None = None
+    plotted: pd.DataFrame | None = None  # the rows behind the figure
+
+
+def scale_of(name: str) -> Scale:
+    if name not in SCALES:
+        raise UserError(f"unknown scale '{name}'.", f"Available: {', '.join(SCALES)}.")
+    return SCALES[name]
+
+
+def label(name: str) -> str:
+    """ "cat-8" -> "CAT-8", "mamba2:d_state=16" -> "Mamba2"."""
+    preset = name.partition(":")[0]
+    return LABELS.get(name) or LABELS.get(preset, preset.upper())
+
+
+def available(names: Iterable[str]) -> list[str]:
+    """Those of `names` whose architecture, preset and settings exist."""
+    return [name for name in names if _exists(name)]
+
+
+def missing(names: Iterable[str]) -> list[str]:
+    """What is not built yet: files, and settings of files that exist."""
+    absent = [name for name in names if not _exists(name)]
+    files = (name if _exists(name.partition(":")[0]) else name.partition(":")[0] for name in absent)
+    return list(dict.fromkeys(files))
+
+
+def _exists(name: str) -> bool:
+    try:
+        spec.parse(name)
+    except UserError:
+        return False
+    return True
+
+
+def arch_text(name: str, scale: str, seq_len: int) -> str:
+    """The canonical spec of an available `name` at this scale, long enough for `seq_len` tokens."""
+    parsed = spec.parse(name)
+    info = _info(parsed.name)
+    values = {key: field.default for key, field in info.fields.items()} | parsed.overrides
+    changed = dict(parsed.overrides)
+    if scale == "smoke":
+        changed |= _shrunk(values)
+    if isinstance(values.get("max_len"), int) and values["max_len"] < seq_len:
+        changed["max_len"] = seq_len
+    settings = ",".join(f"{key}={str(value).lower()}" for key, value in changed.items())
+    return spec.parse(f"{parsed.name}:{settings}").text
+
+
+def _info(name: str) -> spec.ArchitectureInfo:
+    return next(info for info in spec.architectures() if info.name == name)
+
+
+def _shrunk(values: dict[str, spec.Value]) -> dict[str, spec.Value]:
+    """Tiny sizes for fields of known names; a field without a value follows from the others."""
+    tiny = {key: value for key, value in SMOKE_VALUES.items() if values.get(key) is not None}
+    for key in ("width", "decoder_width"):
+        width = values.get(key)
+        if isinstance(width, int):
+            tiny[key] = max(SMOKE_MIN_WIDTH, width // SMOKE_WIDTH_DIVISOR)
+    return tiny
+
+
+def timed_cases(
+    names: Sequence[str], scale: str, batch_sizes: Iterable[int], seq_lens: Iterable[int]
+) -> list[Case]:
+    """Efficiency cases of every available architecture; equal ones have equal keys everywhere."""
+    chosen = scale_of(scale)
+    return [
+        Case(
+            suite="efficiency",
+            arch=arch,
+            batch_size=batch_size,
+            prompt_len=PROMPT_LEN,
+            seq_len=seq_len,
+            dtype=chosen.dtype,
+            device=chosen.device,
+            decode_path=path,
+            scale=scale,
+        )
+        for name in available(names)
+        for path in [decode_path(name, chosen.device)]
+        for seq_len in seq_lens
+        for arch in [arch_text(name, scale, seq_len)]
+        for batch_size in batch_sizes
+    ]
+
+
+def decode_path(name: str, device: str) -> str:
+    """The fastest path that the architecture's file has for this device."""
+    paths = _info(spec.parse(name).name).decode_paths
+    return next(path for path in FAST_PATHS if path in paths) if device == "cuda" else "eager"
+
+
+def relabelled(
+    rows: pd.DataFrame, names: Sequence[str], scale: str, seq_lens: Iterable[int]
+) -> pd.DataFrame:
+    """`rows` with the exhibit's labels: smoke's tiny "Dense (D=64)" stands for Dense."""
+    if rows.empty:
+        return rows
+    texts = {
+        arch_text(name, scale, seq_len): label(name)
+        for name in available(names)
+        for seq_len in seq_lens
+    }
+    return rows.assign(label=rows["arch"].map(texts).fillna(rows["label"]))
+
+
+def in_order(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Rows in the exhibit's order of architectures, then batch size, then length."""
+    order = {label(name): place for place, name in enumerate(names)}
+    keys = pd.DataFrame(
+        {
+            "place": rows["label"].map(order),
+            "batch_size": rows["batch_size"],
+            "seq_len": rows["seq_len"],
+        }
+    )
+    return rows.loc[keys.sort_values(["seq_len", "batch_size", "place"], kind="stable").index]

@@ -1,0 +1,54 @@
+"""SWDE recall beside speed-up and memory reduction over Dense, batch 512 and length 1024.
+
+The speed and memory columns are measured (section 3.2); the paper's for Sparse are theoretical, and
+its 1.4x for CAT-8 is not what its Figure 2 shows (1.19x).
+
+Try it: cat-bench paper table3 --scale smoke
+"""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from cat_bench import figures, report
+from cat_bench.case import Case
+from cat_bench.paper import _curves, _settings, _tables
+from cat_bench.paper._settings import Content
+
+TITLE = "Table 3: speed-up, memory reduction and SWDE recall"
+SUITES = ("efficiency", "pretrain", "swde")
+ARCHITECTURES = ("dense", "gdn-h1", "sparse-2d", "cat-8")
+
+
+def plan(scale: str) -> list[Case]:
+    chosen = _settings.scale_of(scale)
+    return _settings.timed_cases(ARCHITECTURES, scale, [chosen.batch_sizes[-1]], [chosen.seq_len])
+
+
+def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
+    rows = _curves.measured(records, ARCHITECTURES, plan(scale), scale)
+    notes = [f"SWDE, ours: not built (needs suites: {', '.join(SUITES[1:])})."]
+    absent = _settings.missing(ARCHITECTURES)
+    if absent:
+        notes.append(f"Not built yet: {', '.join(absent)}.")
+    if scale == "smoke":
+        notes.append(f"{figures.SMOKE_STAMP}.")
+    heading = f"{_curves.machine(rows)} {_curves.settings(rows)}" if len(rows) else ""
+    ours = _ours(rows) | {(point.row, "swde"): (math.nan, "not built") for point in published}
+    return Content((_tables.comparison(TITLE, published, ours, heading=heading, notes=notes),))
+
+
+def _ours(rows: pd.DataFrame) -> _tables.Ours:
+    """Measured speed-up with its interval, and memory reduction, per architecture."""
+    found = {}
+    for _, row in rows.iterrows():
+        name, status = row["label"], row["status"]
+        found[name, "speedup"] = found[name, "memory_reduction"] = (math.nan, status)
+        if status == "ok" and pd.notna(row.get("speedup")):
+            shown = report.faster(row["speedup"], row["speedup_low"], row["speedup_high"])
+            found[name, "speedup"] = (row["speedup"], shown)
+        if status == "ok" and pd.notna(row.get("memory_ratio")):
+            ratio = row["memory_ratio"]
+            found[name, "memory_reduction"] = (ratio, f"{ratio:.2f}x")
+    return found

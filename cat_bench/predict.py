@@ -1,0 +1,337 @@
+"""What a plan costs before anything runs: parameters, state, does it fit, least time, matches.
+
+Models are built on the meta device, which allocates nothing, so the numbers are exact: the same
+formulas and modules that are measured later. `--dry-run` prints `plan_table`; plan.json keeps
+`resolve`; `--match` changes widths by `matched`.
+
+Try it: cat-bench run efficiency -a dense -a cat-8 --batch-size 64,512 --seq-len 1024 --dry-run
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from functools import cache
+from typing import Any
+
+import pandas as pd
+
+from cat_bench.architecture import Architecture, build, generation_flops, load_module, step_flops
+from cat_bench.case import Case
+from cat_bench.errors import UserError
+from cat_bench.profiler import Ceilings, weights_bytes
+from cat_bench.spec import Spec, parse
+
+GIB = 2**30
+HEADROOM = 1.10  # workspace: performance.md allows a tenth of weights + state
+
+# Read bandwidth (bytes/s) and bf16 matmul rate (FLOP/s) seen on these GPUs: nominal, not of this
+# very device. Measured ceilings (profiler.ceilings) replace them in the rows of a run.
+ASSUMED_CEILINGS = {"H100": (2.9e12, 800e12), "H200": (4.2e12, 790e12), "A100": (1.6e12, 200e12)}
+
+BUDGETS = ("params", "state", "flops", "latency")
+MATCH_TOLERANCE = 0.05
+WIDTH_STEP, MAX_WIDTH = 64, 16_384
+MAX_FLOOR_SAMPLES = 4096
+
+
+# --- what each case will be -----------------------------------------------------------------------
+
+
+def resolve(
+    cases: list[Case],
+    device_name: str | None = None,
+    match: str | None = None,
+    first: Spec | None = None,
+) -> dict[str, dict]:
+    """Case key -> what the plan knows of it; every value fits into JSON.
+
+    `device_name`: of the GPU, for the lower bound; unknown ones give None and a warning. `match`
+    and `first`: the budget that the specs were matched by and the spec that gave it; "match_ratio"
+    then says how near each case came. Raises UserError for a case too long for its architecture.
+    """
+    device_ceilings = assumed_ceilings(device_name)
+    return {case.key: _resolve(case, device_ceilings, match, first) for case in cases}
+
+
+def _resolve(
+    case: Case, device_ceilings: Ceilings | None, match: str | None, first: Spec | None
+) -> dict:
+    model = _meta_model(case.arch, case.decode_path, case.dtype)
+    _check_length(case, model)
+    shape = case.batch_size, case.seq_len
+    row: dict[str, Any] = {
+        "label": model.config.label,
+        "config": asdict(model.config),
+        "num_params": model.num_params,
+        "num_params_non_embedding": model.num_params_non_embedding,
+        "weights_bytes": weights_bytes(model),
+        "state_bytes": model.state_bytes(*shape),
+        "state_float_bytes": model.state_bytes_float(*shape),
+        "floor_s": None,
+        "floor_source": None,
+        "warnings": [],
+    }
+    if case.device == "cuda" and device_ceilings:
+        row["floor_s"] = _floor_s(_key(case), *_shape(case), device_ceilings)
+        row["floor_source"] = device_ceilings.source
+    elif case.device == "cuda":
+        row["warnings"].append(
+            f"No lower bounds: the ceilings of this GPU are unknown "
+            f"(known: {', '.join(ASSUMED_CEILINGS)})."
+        )
+    if match and first and not _is_reference(case):
+        _add_match(row, case, match, first, device_ceilings)
+    return row
+
+
+def _add_match(
+    row: dict, case: Case, match: str, first: Spec, device_ceilings: Ceilings | None
+) -> None:
+    """How far this case is from the first architecture's budget, at its own batch and length."""
+    shape = _shape(case)
+    target = _amount(_meta_model(first.text, "eager", case.dtype), match, shape, device_ceilings)
+    amount = _amount(_meta_model(case.arch, "eager", case.dtype), match, shape, device_ceilings)
+    row["match_ratio"] = amount / target
+    if abs(row["match_ratio"] - 1) > MATCH_TOLERANCE:
+        row["warnings"].append(
+            f"{case.arch} at batch {case.batch_size}, length {case.seq_len}: {match} is "
+            f"{row['match_ratio']:.3f} times that of {first.text}, off by more than 5 %."
+        )
+
+
+def _check_length(case: Case, model: Architecture) -> None:
+    """Raises UserError where the sequence is longer than the architecture holds."""
+    if model.max_len is None or case.seq_len <= model.max_len:
+        return
+    chunk_size = getattr(model.config, "chunk_size", None)
+    if chunk_size:
+        needed = math.ceil(case.seq_len / chunk_size)
+        problem = (
+            f"needs {needed} chunk positions; "
+            f"max_len={model.max_len} gives {model.max_len // chunk_size}."
+        )
+    else:
+        problem = f"is longer than max_len={model.max_len}."
+    spec = parse(case.arch)
+    overrides = dict(sorted({**spec.overrides, "max_len": case.seq_len}.items()))
+    longer = replace(spec, overrides=overrides).text
+    raise UserError(
+        f"{case.arch}: seq_len={case.seq_len} {problem}",
+        f"Use -a {longer}, or a shorter --seq-len.",
+    )
+
+
+def _is_reference(case: Case) -> bool:
+    return any(key == "reference" for key, _ in case.settings)
+
+
+def _key(case: Case) -> tuple[str, str, str]:
+    return case.arch, case.decode_path, case.dtype
+
+
+def _shape(case: Case) -> tuple[int, int, int]:
+    return case.batch_size, case.prompt_len, case.seq_len
+
+
+@cache
+def _meta_model(arch: str, decode_path: str, dtype: str) -> Architecture:
+    return build(parse(arch), decode_path, "meta", dtype)
+
+
+# --- the roofline ---------------------------------------------------------------------------------
+
+
+def assumed_ceilings(device_name: str | None) -> Ceilings | None:
+    """Nominal ceilings of a known GPU by its name; None for all others: never a wrong figure."""
+    for name, (bandwidth, rate) in ASSUMED_CEILINGS.items():
+        if device_name and name in device_name:
+            return Ceilings(bandwidth, rate, "assumed")
+    return None
+
+
+def generation_floor_s(
+    model: Architecture, batch_size: int, prompt_len: int, seq_len: int, ceilings: Ceilings
+) -> float:
+    """The least seconds of a generation: per step, the sum over parts of the slower of reading and
+    computing (evaluation_spec.md 4.3). The prefill counts as the step that reads its last token.
+    """
+    read, rate = ceilings.read_bandwidth_bytes_per_s, ceilings.matmul_flops_per_s
+    steps = list(_sampled_steps(prompt_len, seq_len))
+    total_s = sum(
+        max(cost.num_bytes / read, cost.flops / rate)
+        for n in steps
+        for cost in model.step_costs(batch_size, n)
+    )
+    return total_s * (seq_len - prompt_len) / len(steps)
+
+
+def mean_step_flops(model: Architecture, batch_size: int, prompt_len: int, seq_len: int) -> float:
+    """FLOPs of the whole batch per new token, averaged over a generation."""
+    steps = list(_sampled_steps(prompt_len, seq_len))
+    return sum(step_flops(model, batch_size, n) for n in steps) / len(steps)
+
+
+def _sampled_steps(prompt_len: int, seq_len: int) -> Iterator[int]:
+    """Token numbers that a generation reads: all of them, or, in a long one, evenly spaced ones.
+
+    The distance is odd, so that they meet every phase of a chunk equally often.
+    """
+    stride = math.ceil((seq_len - prompt_len) / MAX_FLOOR_SAMPLES) // 2 * 2 + 1
+    if stride <= 1:
+        return iter(range(prompt_len, seq_len))
+    return iter(range(prompt_len + stride // 2, seq_len, stride))
+
+
+@cache
+def _floor_s(
+    key: tuple[str, str, str], batch_size: int, prompt_len: int, seq_len: int, ceilings: Ceilings
+) -> float:
+    return generation_floor_s(_meta_model(*key), batch_size, prompt_len, seq_len, ceilings)
+
+
+# --- the table of --dry-run -----------------------------------------------------------------------
+
+
+def needed_bytes(row: dict) -> float:
+    """Weights, state, and a tenth of the two for work space."""
+    return (row["weights_bytes"] + row["state_bytes"]) * HEADROOM
+
+
+def fits(row: dict, device_memory_bytes: float) -> bool:
+    return needed_bytes(row) <= device_memory_bytes
+
+
+def plan_table(
+    cases: list[Case], resolved: dict[str, dict], device_memory_bytes: float | None = None
+) -> pd.DataFrame:
+    """The plan as people read it: one row per shape of an architecture; GiB and seconds as text.
+
+    Without `device_memory_bytes` it says how much memory a case needs instead of whether it fits.
+    """
+    fit_column = (
+        "needs" if device_memory_bytes is None else f"fits in {device_memory_bytes / GIB:.1f} GiB"
+    )
+    unique = {(case.arch, _shape(case), case.seed): case for case in cases}
+    rows = []
+    for case in sorted(unique.values(), key=lambda c: (c.arch, c.seq_len, c.batch_size, c.seed)):
+        row = resolved[case.key]
+        no_room = device_memory_bytes is not None and not fits(row, device_memory_bytes)
+        rows.append(
+            {
+                "architecture": row["label"],
+                "batch": case.batch_size,
+                "seq len": case.seq_len,
+                "weights": _gib(row["weights_bytes"]),
+                "state": _gib(row["state_bytes"]),
+                fit_column: _fit_text(row, device_memory_bytes),
+                "at least": "-" if no_room else _seconds(row["floor_s"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _fit_text(row: dict, device_memory_bytes: float | None) -> str:
+    if device_memory_bytes is None:
+        return _gib(needed_bytes(row))
+    if fits(row, device_memory_bytes):
+        return "yes"
+    return f"NO ({needed_bytes(row) / GIB:.1f})"
+
+
+def _gib(num_bytes: float) -> str:
+    gib = num_bytes / GIB
+    return f"{gib:.2f} GiB" if gib >= 0.01 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _seconds(value_s: float | None) -> str:
+    if value_s is None:
+        return "-"
+    return f"{value_s:.0f} s" if value_s >= 10 else f"{value_s:.2g} s"
+
+
+# --- equal budgets --------------------------------------------------------------------------------
+
+
+def matched(
+    specs: list[Spec],
+    budget: str,
+    batch_size: int,
+    seq_len: int,
+    *,
+    prompt_len: int = 8,
+    dtype: str = "bfloat16",
+    device_name: str | None = None,
+) -> list[Spec]:
+    """The specs, every one after the first with the `width` that brings it nearest to the first's
+    budget: parameters, state bytes of one sequence, training FLOPs of one, or floor latency.
+
+    `latency` uses the ceilings of a known GPU, else those of an H100: only their ratio matters.
+    Raises UserError where a width cannot be chosen.
+    """
+    if budget not in BUDGETS:
+        raise UserError(f"--match '{budget}' is unknown.", f"It is one of: {', '.join(BUDGETS)}.")
+    shape, device_ceilings = (batch_size, prompt_len, seq_len), assumed_ceilings(device_name)
+
+    def amount(spec: Spec) -> float:
+        return _amount(build(spec, "eager", "meta", dtype), budget, shape, device_ceilings)
+
+    target = amount(specs[0])
+    return [specs[0], *(_nearest(spec, amount, target) for spec in specs[1:])]
+
+
+def _amount(
+    model: Architecture,
+    budget: str,
+    shape: tuple[int, int, int],
+    device_ceilings: Ceilings | None,
+) -> float:
+    batch_size, prompt_len, seq_len = shape
+    if budget == "params":
+        return model.num_params
+    if budget == "state":
+        return model.state_bytes(1, seq_len)
+    if budget == "flops":
+        return 3 * generation_flops(model, 1, seq_len)  # a backward pass costs two forward passes
+    used = device_ceilings or Ceilings(*ASSUMED_CEILINGS["H100"], "assumed")
+    return generation_floor_s(model, batch_size, prompt_len, seq_len, used)
+
+
+def _nearest(spec: Spec, amount: Callable[[Spec], float], target: float) -> Spec:
+    """Bisection: every budget grows with the width. Nearest by ratio."""
+    candidates = _widths(spec)
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if amount(candidates[middle]) < target:
+            low = middle + 1
+        else:
+            high = middle
+    neighbours = candidates[max(0, low - 1) : low + 1]
+    return min(neighbours, key=lambda one: abs(math.log(amount(one) / target)))
+
+
+def _widths(spec: Spec) -> list[Spec]:
+    """The spec at every multiple of 64 that its Config accepts, ascending."""
+    config = load_module(spec).Config
+    if "width" not in {field.name for field in fields(config)}:
+        raise UserError(
+            f"--match chooses the setting 'width', which {spec.name} does not have.",
+            "Leave this architecture out, or give its sizes yourself and drop --match.",
+        )
+    if "width" in spec.overrides:
+        raise UserError(
+            f"{spec.text}: --match chooses the width, but one is given.",
+            "Drop width from this -a, or put it first: the first one sets the budget.",
+        )
+    accepted = []
+    for width in range(WIDTH_STEP, MAX_WIDTH + 1, WIDTH_STEP):
+        overrides = dict(sorted({**spec.overrides, "width": width}.items()))
+        try:
+            config(**overrides)
+        except ValueError:
+            continue
+        # Through the parser: a width that equals the default must not stand in the text.
+        accepted.append(parse(replace(spec, overrides=overrides).text))
+    if not accepted:
+        raise UserError(f"{spec.text}: no width fits its other settings.", "Change those.")
+    return accepted

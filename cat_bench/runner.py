@@ -1,0 +1,205 @@
+"""Cases to rows: skips closed cases, measures each other one in a fresh process, one at a time.
+
+This process is the only writer of the run folder. A case's rows and its closing row are appended in
+one write, so an interruption loses the case that was running and nothing else. Out of memory,
+a missing package, a crash and a timeout are rows too: the sweep goes on after each.
+
+This module imports no torch: nothing of the driver lies on the GPU that is measured.
+"""
+
+import json
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from os import SEEK_END, killpg, sep
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+from cat_bench.case import Case, Record
+from cat_bench.environment import PROJECT, conflicts, worker_process
+from cat_bench.errors import UserError
+from cat_bench.store import CLOSING, Run
+
+DEFAULT_TIMEOUT_S = 3600.0
+STDERR_BYTES = 4096  # how much of a failed worker's stderr its row keeps
+RETRIABLE = frozenset({"oom", "unsupported", "failed"})
+
+
+class Summary(NamedTuple):
+    """How many cases ended in which way."""
+
+    ok: int = 0
+    oom: int = 0
+    unsupported: int = 0
+    failed: int = 0
+    skipped: int = 0  # closed before
+    interrupted: bool = False  # by Ctrl-C or SIGTERM; closed cases are kept, resume does the rest
+
+
+class Progress(Protocol):
+    """Called before each case, and once at the end with `case` None.
+
+    `done` of `total` cases are closed, those of earlier sittings counted in. `eta_s` is None until
+    a case has been measured in this one.
+    """
+
+    def __call__(self, done: int, total: int, case: Case | None, eta_s: float | None) -> None: ...
+
+
+def no_progress(done: int, total: int, case: Case | None, eta_s: float | None) -> None:
+    """Says nothing."""
+
+
+def execute(
+    cases: Iterable[Case],
+    run: Run,
+    *,
+    retry: frozenset[str] | set[str] = frozenset(),
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    progress: Progress = no_progress,
+) -> Summary:
+    """Measure every case that `run` has not closed, and those it closed with a status in `retry`.
+
+    The order is the plan's. `timeout_s` holds for each case. Raises UserError where rows cannot be
+    written.
+    """
+    _check_retry(retry)
+    unique = {case.key: case for case in cases}
+    closed = run.closed()
+    queue = [case for key, case in unique.items() if closed.get(key) in {None, *retry}]
+    skipped, total = len(unique) - len(queue), len(unique)
+    statuses: Counter[str] = Counter()
+    durations_s: list[float] = []
+    interrupted = False
+    try:
+        with _terminated_as_interrupted():
+            for done, case in enumerate(queue, skipped):
+                progress(done, total, case, _time_left_s(durations_s, total - done))
+                rows = measure_in_fresh_process(case, timeout_s)
+                run.append(rows)
+                statuses[rows[-1].status] += 1
+                durations_s.append(rows[-1].value or 0.0)
+            progress(total, total, None, 0.0)
+    except KeyboardInterrupt:
+        interrupted = True
+    return Summary(**statuses, skipped=skipped, interrupted=interrupted)
+
+
+def check_resume(run: Run, environment: dict[str, Any]) -> None:
+    """Raises UserError where rows measured now must not join those of `run`."""
+    reasons = conflicts(run.environment, environment)
+    if reasons:
+        raise UserError(
+            f"run {run.name} cannot be continued here: {'; '.join(reasons)}.",
+            "Nothing was changed. Start a new run; report and paper read several runs together.",
+        )
+
+
+def measure_in_fresh_process(case: Case, timeout_s: float) -> list[Record]:
+    """The rows of one case, the closing row last. Whatever happens to the worker is in them."""
+    # Files, not pipes: nobody has to read while the worker runs, and they outlive its death.
+    with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as log:
+        command, variables = worker_process("measure", str(rows.fileno()))
+        oom_kills, start_s = _oom_kills(), time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,  # stdout of this process carries results
+            stderr=log,
+            env=variables,
+            pass_fds=(rows.fileno(),),
+            process_group=0,  # Ctrl-C reaches this process only, which then ends the whole group
+        )
+        timed_out = not _finish(process, json.dumps(asdict(case)).encode(), timeout_s)
+        wall_s = time.perf_counter() - start_s
+        records = _read_rows(rows)
+        if not records or records[-1].metric != CLOSING:  # the worker did not come to its end
+            tail = _tail(log)
+            if timed_out:
+                reason = f"ended after the timeout of {timeout_s:g} s"
+            else:
+                reason = reason_of_death(process.returncode, _oom_kills() > oom_kills, tail)
+            error = f"{reason}\n{tail}".strip()
+            records.append(Record(case.key, CLOSING, None, "s", status="failed", error=error))
+    return [*records[:-1], replace(records[-1], value=wall_s)]
+
+
+def _finish(process: subprocess.Popen, stdin: bytes, timeout_s: float) -> bool:
+    """Wait for the worker; False when it had to be ended. It never outlives this call."""
+    try:
+        process.communicate(stdin, timeout=timeout_s)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        if process.poll() is None:
+            killpg(process.pid, signal.SIGKILL)  # compilers that it started, too
+            process.wait()
+
+
+def _read_rows(file: IO[bytes]) -> list[Record]:
+    """All whole lines; what follows the last newline was cut short."""
+    file.seek(0)
+    return [Record(**json.loads(line)) for line in file.read().split(b"\n")[:-1]]
+
+
+def _tail(log: IO[bytes]) -> str:
+    """The end of stderr, without the project's own path: rows are read on other machines."""
+    size = log.seek(0, SEEK_END)
+    log.seek(max(0, size - STDERR_BYTES))
+    return log.read().decode("utf-8", "replace").replace(f"{PROJECT}{sep}", "").strip()
+
+
+def reason_of_death(exit_code: int, out_of_host_memory: bool, tail: str) -> str:
+    """One line: why the worker ended before its closing row. `tail` is the end of its stderr."""
+    if exit_code == 1 and tail:  # Python's own end after an exception: its last line names it
+        return tail.splitlines()[-1]
+    if exit_code >= 0:
+        return f"the worker ended with exit code {exit_code} before it was done"
+    names = {number.value: number.name for number in signal.Signals}
+    reason = f"the worker was killed by signal {-exit_code} ({names.get(-exit_code, 'unnamed')})"
+    if -exit_code != signal.SIGKILL:
+        return reason
+    if out_of_host_memory:
+        return f"{reason}: host memory was short, and the kernel's out-of-memory killer ran"
+    return f"{reason}; nothing shows that host memory was short"
+
+
+def _oom_kills() -> int:
+    """How many processes of this machine the kernel has killed for memory; 0 where it is silent."""
+    path = Path("/proc/vmstat")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def _time_left_s(durations_s: Sequence[float], num_cases: int) -> float | None:
+    return sum(durations_s) / len(durations_s) * num_cases if durations_s else None
+
+
+def _check_retry(retry: frozenset[str] | set[str]) -> None:
+    unknown = sorted(set(retry) - RETRIABLE)
+    if unknown:
+        raise UserError(
+            f"cannot retry cases of status '{unknown[0]}'; expected some of: "
+            f"{', '.join(sorted(RETRIABLE))}.",
+            "Example: --retry oom,failed",
+        )
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, a batch system's way to stop a job, ends a sweep as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,298 @@
+"""Efficiency: latency, throughput, time to first token, memory, energy; by batch size and length.
+
+Paper Figures 2, 3, 5 to 8 and Table 3; the definitions are evaluation_spec.md 4. Random weights in
+the case's dtype, a seeded prompt, greedy decoding without an end: every architecture makes exactly
+seq_len - prompt_len tokens, of which the prefill gives the first.
+
+Settings of a case: "repeats" (the user's --repeats) and "reference" (0, 1, ...: the same Dense case
+over and over, whose drift shows whether the machine changed during a run).
+
+Try it: cat-bench run efficiency -a dense -a cat:chunk_size=8 --quick
+"""
+
+import itertools
+import random
+import statistics
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cat_bench.case import Case, Options, Record
+from cat_bench.errors import UserError
+from cat_bench.spec import Spec
+
+if TYPE_CHECKING:
+    from cat_bench.architecture import Architecture
+    from cat_bench.profiler import StepTime, Timing
+
+PROMPT_LEN = 8  # tokens; paper B.1
+REFERENCE = ("dense", 16, 1024)  # architecture, batch size, seq_len
+GRIDS = {"cpu": ((1, 4), (64,)), "cuda": ((1, 16, 64, 256), (1024,))}  # batch sizes, seq_lens
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+DECODE_PATHS = {"cpu": "eager", "cuda": "cuda_graph"}
+SMOKE_WARMUPS, SMOKE_REPEATS = 1, 3
+MAX_CLOCK_DIFFERENCE = 0.02  # host clock against CUDA events
+MAX_STEP_SUM_DIFFERENCE = 0.03  # sum of the instrumented steps against decode_s
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+def plan(specs: list[Spec], options: Options) -> list[Case]:
+    """Specs x batch sizes x lengths x seeds, in a seeded random order, each case once."""
+    _check(specs, options)
+    default_batch_sizes, default_seq_lens = GRIDS[options.device]
+    cases = {
+        _case(options, spec.text, batch_size, seq_len, seed): None
+        for spec in specs
+        for batch_size in options.batch_sizes or default_batch_sizes
+        for seq_len in options.seq_lens or default_seq_lens
+        for seed in options.seeds
+    }
+    ordered = list(cases)
+    random.Random(0).shuffle(ordered)  # a slow drift of the machine must not favour one side
+    if options.reference_every is None:
+        return ordered
+    return _with_references(ordered, options, options.reference_every)
+
+
+def _case(
+    options: Options, arch: str, batch_size: int, seq_len: int, seed: int, **settings: int
+) -> Case:
+    if options.repeats is not None:
+        settings["repeats"] = options.repeats
+    return Case(
+        suite="efficiency",
+        arch=arch,
+        batch_size=batch_size,
+        prompt_len=_prompt_len(options),
+        seq_len=seq_len,
+        dtype=options.dtype or DTYPES[options.device],
+        device=options.device,
+        seed=seed,
+        decode_path=options.decode_path or DECODE_PATHS[options.device],
+        scale=options.scale,
+        settings=tuple(sorted((key, str(value)) for key, value in settings.items())),
+    )
+
+
+def _prompt_len(options: Options) -> int:
+    return PROMPT_LEN if options.prompt_len is None else options.prompt_len
+
+
+def _with_references(cases: list[Case], options: Options, every: int) -> list[Case]:
+    """The reference case before the first, every k-th, and after the last case."""
+    numbers = itertools.count()
+    planned: list[Case] = []
+    for index, case in enumerate(cases):
+        if index % every == 0:
+            planned.append(_reference(options, next(numbers)))
+        planned.append(case)
+    return [*planned, _reference(options, next(numbers))]
+
+
+def _reference(options: Options, number: int) -> Case:
+    arch, batch_size, seq_len = REFERENCE
+    fixed = replace(options, prompt_len=PROMPT_LEN)  # references of all runs are comparable
+    return _case(fixed, arch, batch_size, seq_len, options.seeds[0], reference=number)
+
+
+def _check(specs: list[Spec], options: Options) -> None:
+    """Raises UserError for the first option that makes no sense."""
+    if not specs:
+        raise UserError("no architecture was given.", "Add one, for example -a dense.")
+    if options.device not in GRIDS:
+        raise UserError(f"--device '{options.device}' is unknown.", "It is cpu or cuda.")
+    if options.dtype not in (None, "float32", "bfloat16", "float64"):
+        raise UserError(
+            f"--dtype '{options.dtype}' is unknown.", "It is float32, bfloat16 or float64."
+        )
+    _check_counts("--batch-size", options.batch_sizes)
+    _check_counts("--seq-len", options.seq_lens)
+    _check_counts("--prompt-len", [_prompt_len(options)])
+    _check_counts("--repeats", [] if options.repeats is None else [options.repeats])
+    _check_counts(
+        "--reference-every", [] if options.reference_every is None else [options.reference_every]
+    )
+    if not options.seeds or min(options.seeds) < 0:
+        raise UserError(
+            f"--seed {', '.join(map(str, options.seeds)) or 'is empty'}: seeds are 0 or more.",
+            "Example: --seed 0,1,2",
+        )
+    prompt_len = _prompt_len(options)
+    for seq_len in options.seq_lens or GRIDS[options.device][1]:
+        if prompt_len >= seq_len:
+            raise UserError(
+                f"--prompt-len {prompt_len} leaves nothing to generate in --seq-len {seq_len}, "
+                f"which counts prompt and new tokens.",
+                f"Use a --prompt-len below {seq_len}, or a longer --seq-len.",
+            )
+
+
+def _check_counts(flag: str, values: Sequence[int] | None) -> None:
+    if values is not None and len(values) == 0 and flag in ("--batch-size", "--seq-len"):
+        raise UserError(f"{flag} is empty.", f"Example: {flag} 64")
+    for value in values or ():
+        if value < 1:
+            raise UserError(
+                f"{flag} {value} is impossible: it must be 1 or more.", f"Example: {flag} 64"
+            )
+
+
+# --- measure --------------------------------------------------------------------------------------
+
+
+def measure(case: Case, model: "Architecture") -> Iterator[Record]:
+    """All rows of one case, in the order in which they become known.
+
+    Out of memory: the rows so far, the memory counters at that moment, then the error itself.
+    """
+    import torch
+
+    yield from _size_rows(case, model)
+    try:
+        generation = yield from _timed_rows(case, model)  # its buffers are free again afterwards
+    except torch.OutOfMemoryError:
+        yield from _memory_rows(case, model)
+        raise
+    yield from _floor_rows(case, model, generation)
+
+
+def _timed_rows(case: Case, model: "Architecture") -> Generator[Record, None, "Timing"]:
+    """Everything that runs the model; returns the timing of whole generations."""
+    from cat_bench import generate, profiler
+
+    warmups, repeats = _protocol(case)
+    shape = case.batch_size, case.seq_len
+    prompt = generate.prompt_tokens(
+        case.batch_size, case.prompt_len, case.seed, case.device, model.config.vocab_size
+    )
+    tokens = generate.token_buffer(*shape, case.device)
+    compile_s, state = profiler.stopwatch(lambda: generate.new_state(model, *shape), case.device)
+    yield _row(case, "compile_s", compile_s, "s")
+    yield _row(case, "state_live_bytes", profiler.state_live_bytes(state), "bytes")
+
+    generation = profiler.timed(
+        lambda mark: generate.greedy(model, prompt, case.new_tokens, state, tokens, mark),
+        case.device,
+        warmups,
+        repeats,
+        profiler.energy_meter(case.device),
+    )
+    yield from _generation_rows(case, generation)
+    yield from _memory_rows(case, model)
+
+    first_token = profiler.timed(
+        lambda mark: generate.first_token(model, prompt, state, tokens),
+        case.device,
+        warmups,
+        repeats,
+    )
+    yield _sampled(case, "ttft_s", first_token.latency_s, "s")
+    steps = profiler.step_times(model, prompt, state, tokens, case.device)
+    yield from _step_rows(case, steps, generation)
+    return generation
+
+
+def _protocol(case: Case) -> tuple[int | None, int | None]:
+    """Warm-ups and repeats; None: by the rule of profiler.py."""
+    smoke = case.scale == "smoke"
+    asked = dict(case.settings).get("repeats")
+    repeats = int(asked) if asked else SMOKE_REPEATS if smoke else None
+    return SMOKE_WARMUPS if smoke else None, repeats
+
+
+def _size_rows(case: Case, model: Any) -> Iterator[Record]:
+    """What needs no measurement, only the model."""
+    from cat_bench.predict import mean_step_flops
+    from cat_bench.profiler import weights_bytes
+
+    shape = case.batch_size, case.seq_len
+    yield _row(case, "num_params", model.num_params, "1")
+    yield _row(case, "num_params_non_embedding", model.num_params_non_embedding, "1")
+    yield _row(case, "weights_bytes", weights_bytes(model), "bytes")
+    yield _row(case, "state_bytes", model.state_bytes(*shape), "bytes")
+    yield _row(case, "state_float_bytes", model.state_bytes_float(*shape), "bytes")
+    yield _row(
+        case,
+        "step_flops",
+        mean_step_flops(model, case.batch_size, case.prompt_len, case.seq_len),
+        "FLOP",
+    )
+
+
+def _generation_rows(case: Case, timing: "Timing") -> Iterator[Record]:
+    """Formulas of evaluation_spec.md 4.1: decode_s leaves the prefill and the first token out."""
+    new, new_all = case.new_tokens, case.batch_size * case.new_tokens
+    yield _row(case, "first_call_s", timing.warmups[0].host_s, "s")
+    yield _sampled(case, "latency_s", timing.latency_s, "s")
+    yield _sampled(case, "host_latency_s", timing.host_latency_s, "s")
+    if new > 1:
+        decode_s = timing.decode_s
+        yield _sampled(case, "decode_s", decode_s, "s")
+        yield _sampled(case, "tokens_per_s", [new_all / s for s in decode_s], "tokens/s")
+        yield _sampled(case, "tokens_per_s_user", [new / s for s in decode_s], "tokens/s")
+        yield _sampled(case, "tpot_s", [s / (new - 1) for s in decode_s], "s")
+    if abs(timing.clock_difference) > MAX_CLOCK_DIFFERENCE:
+        yield _row(case, "clock_difference", timing.clock_difference, "1")
+    energy_j = timing.energy_j
+    if energy_j:  # the mean, for only the sum over all repeats is free of the counter's own steps
+        mean_j = statistics.fmean(energy_j)
+        yield _row(case, "energy_j", mean_j, "J", energy_j)
+        yield _row(
+            case, "energy_per_token_j", mean_j / new_all, "J", [j / new_all for j in energy_j]
+        )
+
+
+def _memory_rows(case: Case, model: Any) -> Iterator[Record]:
+    from cat_bench.profiler import memory_counters, weights_bytes
+
+    counters = memory_counters(case.device)
+    for name, num_bytes in counters.items():
+        yield _row(case, name, num_bytes, "bytes")
+    if "peak_allocated_bytes" in counters:
+        known = weights_bytes(model) + model.state_bytes(case.batch_size, case.seq_len)
+        workspace = counters["peak_allocated_bytes"] - known
+        yield _row(case, "workspace_bytes", workspace, "bytes")
+
+
+def _step_rows(case: Case, steps: "list[StepTime]", timing: "Timing") -> Iterator[Record]:
+    """Every step, in order; once more by class where the architecture has classes."""
+    if not steps:
+        return
+    durations_s = [step.duration_s for step in steps]
+    yield _sampled(case, "step_s", durations_s, "s")
+    for kind in sorted({step.kind for step in steps} - {"step"}):
+        of_kind = [step.duration_s for step in steps if step.kind == kind]
+        yield _sampled(case, f"step_{kind}_s", of_kind, "s")
+    difference = sum(durations_s) / statistics.median(timing.decode_s) - 1
+    if abs(difference) > MAX_STEP_SUM_DIFFERENCE:
+        yield _row(case, "step_sum_difference", difference, "1")
+
+
+def _floor_rows(case: Case, model: Any, timing: "Timing") -> Iterator[Record]:
+    """The least that a generation can take on this device, from ceilings measured just now."""
+    import torch
+
+    from cat_bench.predict import generation_floor_s
+    from cat_bench.profiler import ceilings
+
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+    measured = ceilings(case.device, case.dtype, repeats=3 if case.scale == "smoke" else 10)
+    shape = case.batch_size, case.prompt_len, case.seq_len
+    floor_s = generation_floor_s(model, *shape, measured)
+    ratio = floor_s / statistics.median(timing.latency_s)
+    bandwidth = measured.read_bandwidth_bytes_per_s
+    yield _row(case, "read_bandwidth_bytes_per_s", bandwidth, "bytes/s")
+    yield _row(case, "matmul_flops_per_s", measured.matmul_flops_per_s, "FLOP/s")
+    yield _row(case, "floor_s", floor_s, "s")
+    yield _row(case, "latency_floor_ratio", ratio, "1")
+
+
+def _row(case: Case, metric: str, value: float, unit: str, samples: Sequence[float] = ()) -> Record:
+    return Record(case.key, metric, value, unit, list(samples))
+
+
+def _sampled(case: Case, metric: str, samples: list[float], unit: str) -> Record:
+    return _row(case, metric, statistics.median(samples), unit, samples)

@@ -1,0 +1,159 @@
+"""One case in one fresh process, so that no case inherits another's memory, graphs or faults.
+
+    python -m cat_bench.worker measure FD     the case comes as JSON on stdin; rows leave as JSON
+                                              lines on file descriptor FD, so that nothing which a
+                                              library prints can get between them
+    python -m cat_bench.worker check NAME...  for doctor: what torch sees, then each architecture
+                                              that loads, one JSON line each, on stdout
+
+The closing row (metric "case") says how the case ended: ok, oom or unsupported. Any other exception
+ends the process with its traceback on stderr; the runner turns that into a failed row.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import numpy
+import torch
+
+from cat_bench.architecture import Architecture, build, load_module, make_config
+from cat_bench.case import Case, Record
+from cat_bench.environment import PACKAGES, clock_state
+from cat_bench.errors import UserError
+from cat_bench.spec import Spec, parse
+from cat_bench.suites import load
+
+CLOCK_UNITS = {"sm_clock_hz": "Hz", "memory_clock_hz": "Hz", "temperature_c": "C", "power_w": "W"}
+
+# How libraries below torch word the lack of memory, as plain RuntimeErrors.
+OUT_OF_MEMORY_TEXTS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+
+
+def main() -> None:
+    verb, *arguments = sys.argv[1:]
+    if verb == "check":
+        check(arguments)
+    else:
+        with os.fdopen(int(arguments[0]), "w", encoding="ascii") as rows:
+            run_case(Case.from_dict(json.load(sys.stdin)), rows)
+
+
+def run_case(case: Case, rows: TextIO) -> None:
+    """Measure one case; every row is out as soon as it is known, the closing row comes last."""
+    status, error = "ok", None
+    try:
+        for record in measure(case):
+            _write(rows, record)
+    except UserError as problem:
+        status, error = "unsupported", str(problem)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        status, error = "oom", str(problem) or type(problem).__name__
+    _write(rows, Record(case.key, "case", None, "s", status=status, error=error))
+
+
+def measure(case: Case) -> Iterator[Record]:
+    """The rows of the case's suite, between the clocks before and after."""
+    set_global_state(case.seed)
+    suite = load(case.suite)
+    model = build_model(case)
+    yield from clock_rows(case, "before")
+    yield from suite.measure(case, model)
+    yield from clock_rows(case, "after")
+
+
+def set_global_state(seed: int) -> None:
+    """All of it, in this one place: seeds, and float32 matrix products in float32 (no TF32)."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("highest")
+
+
+def build_model(case: Case) -> Architecture:
+    """The case's model. Raises UserError where this machine or version cannot do what it asks."""
+    spec = parse(case.arch)
+    if case.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device 'cuda' is not available: torch {torch.__version__} sees no CUDA GPU.",
+            "`cat-bench doctor` says why; --device cpu measures on the CPU.",
+        )
+    if case.weights != "random":
+        raise UserError(
+            f"weights '{case.weights}' cannot be loaded by this version.",
+            "Only random weights are measured: leave --weights out.",
+        )
+    _require_package(spec, case.decode_path)
+    model = build(spec, case.decode_path, case.device, case.dtype, case.seed)
+    forward_paths = getattr(model, "forward_paths", ("eager",))
+    if case.forward_path not in forward_paths:
+        raise UserError(
+            f"{spec.text} has no forward path '{case.forward_path}'; "
+            f"it has: {', '.join(forward_paths)}."
+        )
+    return model
+
+
+def _require_package(spec: Spec, decode_path: str) -> None:
+    """A path's missing package is one sentence, not an ImportError from deep inside."""
+    module = getattr(load_module(spec), "REQUIRES", {}).get(decode_path)
+    if module and importlib.util.find_spec(module) is None:
+        install = {package.module: package.install for package in PACKAGES}
+        raise UserError(
+            f"decode path '{decode_path}' of {spec.text} needs the package {module}, "
+            "which is not installed.",
+            f"Install it: {install.get(module, f'pip install {module}')}",
+        )
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(problem) for text in OUT_OF_MEMORY_TEXTS)
+
+
+def clock_rows(case: Case, when: str) -> Iterator[Record]:
+    """One row per number that NVML tells, and one row of value 1 per slow-down reason."""
+    state = clock_state() if case.device == "cuda" else {}
+    for name, unit in CLOCK_UNITS.items():
+        if name in state:
+            yield Record(case.key, f"{name}_{when}", state[name], unit)
+    for reason in state.get("slow_down_reasons", ()):
+        yield Record(case.key, f"slow_down_{reason}_{when}", 1.0, "1")
+
+
+def check(names: list[str]) -> None:
+    """The worker's half of `doctor`: an architecture that does not load ends the process."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    _answer({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices})
+    for name in names:
+        make_config(parse(name))
+        _answer(name)
+
+
+def _write(rows: TextIO, record: Record) -> None:
+    rows.write(json.dumps(asdict(record)) + "\n")
+    rows.flush()  # what is written survives a kill
+
+
+def _answer(value: Any) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""For all tests: GPU tests skip with a reason, hypothesis repeats itself, results/ stays clean."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("repeatable")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU; there is none here")
+
+
+@pytest.fixture(autouse=True)
+def results_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the CLI writes in tests: never the project's own results/."""
+    folder = tmp_path / "results"
+    monkeypatch.setenv("CAT_BENCH_RESULTS", str(folder))
+    return folder

@@ -1,0 +1,162 @@
+"""Every fast decode path equals the eager path, which is the specification (contract test 11).
+
+Paths are found like architectures: what `Model.decode_paths` names beyond "eager". Small models of
+several layers, heads and chunks; float32 without TF32, so that only the order of sums differs.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+
+import contract
+import pytest
+import torch
+from contract import Subject
+from torch import Tensor
+
+from cat_bench import spec
+from cat_bench.architecture import Architecture
+
+pytestmark = pytest.mark.gpu
+
+STD = 0.03  # as after training: larger weights amplify the rounding of one layer in the next
+NUM_STEPS = 64
+CACHED = ("cat", "dense")  # their state is rows that counters make valid, so it may hold anything
+
+
+def fast_subjects() -> list:
+    """(subject, decode path) for every tiny variant with room for prompt and steps."""
+    found = []
+    for info in spec.architectures():
+        for path in info.decode_paths[1:]:
+            reason = f"{info.name} needs the package {info.requires.get(path)} for {path}"
+            lacking = pytest.mark.skipif(info.missing(path) is not None, reason=reason)
+            for subject in contract.subjects_of(info.name):
+                label = f"{subject.label}-{path}"
+                found.append(pytest.param(longer(subject), path, marks=lacking, id=label))
+    return found
+
+
+def longer(subject: Subject, max_len: int = 576) -> Subject:
+    """The same with room for `max_len` tokens, where a Config limits them."""
+    if not hasattr(subject.config, "max_len"):
+        return subject
+    return dataclasses.replace(subject, config=dataclasses.replace(subject.config, max_len=max_len))
+
+
+def pair(subject: Subject, path: str, dtype: str) -> tuple[Architecture, Architecture]:
+    """The eager and the fast model, with equal weights."""
+    return tuple(subject.model(dtype, way, "cuda", STD) for way in ("eager", path))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def decoded(model: Architecture, tokens: Tensor, prompt_len: int) -> Tensor:
+    return contract.decode(model, tokens, [prompt_len])[0]
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects())
+@pytest.mark.parametrize("prompt_len", [1, 5, 12])
+def test_float32_equals_eager(subject: Subject, path: str, prompt_len: int) -> None:
+    eager, fast = pair(subject, path, "float32")
+    tokens = subject.tokens(3, prompt_len + NUM_STEPS).cuda()
+    expected = decoded(eager, tokens, prompt_len)
+    contract.assert_same(decoded(fast, tokens, prompt_len), expected, path, 1e-5)
+    with torch.no_grad():
+        contract.assert_same(fast.forward(tokens), eager.forward(tokens), "forward", 1e-5)
+        whole = expected[:, -1], eager.forward(tokens)[:, -1]
+    contract.assert_same(*whole, "eager steps against forward", 1e-5)
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects())
+def test_bfloat16_by_relative_norm(subject: Subject, path: str) -> None:
+    eager, fast = pair(subject, path, "bfloat16")
+    tokens = subject.tokens(3, NUM_STEPS).cuda()
+    got, expected = (decoded(model, tokens, 5) for model in (fast, eager))
+    assert contract.relative_norm(got, expected) < 1e-2
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects())
+def test_greedy_tokens_are_equal(subject: Subject, path: str) -> None:
+    """512 tokens in float32: one wrong row anywhere sends the text elsewhere."""
+    eager, fast = pair(subject, path, "float32")
+    prompt = subject.tokens(2, 8).cuda()
+    assert torch.equal(greedy(fast, prompt, 512), greedy(eager, prompt, 512))
+
+
+@torch.no_grad()
+def greedy(model: Architecture, prompt: Tensor, num_tokens: int) -> Tensor:
+    state = model.init_state(len(prompt), prompt.shape[1] + num_tokens)
+    logits, state = model.prefill(prompt, state)
+    tokens = [logits.argmax(-1)]
+    for _ in range(num_tokens - 1):
+        logits, state = model.step(tokens[-1], state)
+        tokens.append(logits.argmax(-1))
+    return torch.stack(tokens, dim=1)
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects())
+def test_a_state_is_reused_after_reset(subject: Subject, path: str) -> None:
+    """Captured graphs belong to the buffers: a second, shorter sequence must run on them too."""
+    eager, fast = pair(subject, path, "float32")
+    tokens = subject.tokens(3, NUM_STEPS).cuda()
+    _, state = contract.decode(fast, subject.tokens(3, NUM_STEPS, seed=4).cuda(), [7])
+    got, _ = contract.decode(fast, tokens[:, :40], [3], fast.reset(state))
+    contract.assert_same(got, decoded(eager, tokens[:, :40], 3), path, 1e-5)
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects())
+def test_two_states_do_not_disturb_each_other(subject: Subject, path: str) -> None:
+    eager, fast = pair(subject, path, "float32")
+    one, two = (subject.tokens(2, 40, seed=seed).cuda() for seed in (1, 4))
+    expected = decoded(eager, one, 5)[:, -1]
+    first, second = fast.init_state(2, 40), fast.init_state(2, 40)
+    with torch.no_grad():
+        _, first = fast.prefill(one[:, :5], first)
+        _, second = fast.prefill(two[:, :4], second)
+        for position in range(5, 40):
+            logits, first = fast.step(one[:, position], first)
+            last = logits.clone()
+            _, second = fast.step(two[:, position - 1], second)
+    contract.assert_same(last, expected, "one of two states", 1e-5)
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects())
+@pytest.mark.parametrize("poison", [1e4, float("nan")])
+def test_rows_past_the_counters_are_never_read(subject: Subject, path: str, poison: float) -> None:
+    if subject.label.split("[")[0] not in CACHED:
+        pytest.skip("a recurrent state has no rows past a counter")
+    eager, fast = pair(subject, path, "float32")
+    tokens = subject.tokens(2, NUM_STEPS).cuda()
+    state = fast.init_state(*tokens.shape)
+    state.keys.fill_(poison)
+    state.values.fill_(poison)
+    got, _ = contract.decode(fast, tokens, [5], state)
+    contract.assert_same(got, decoded(eager, tokens, 5), f"a cache full of {poison}", 1e-5)
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects())
+def test_ragged_batches_equal_rows_alone(subject: Subject, path: str) -> None:
+    if not subject.label.startswith("cat"):
+        pytest.skip("prefill takes no lengths")
+    eager, fast = pair(subject, path, "float32")
+    lengths = torch.tensor([1, 2, 3, 4, 7, 12], device="cuda")
+    tokens = subject.tokens(6, 50).cuda()
+    padded = tokens[:, :12].clone()
+    padded[torch.arange(12, device="cuda") >= lengths[:, None]] = 0
+    got = contract.ragged_decode(fast, tokens, padded, lengths, num_steps=36)
+    positions = lengths[:, None] - 1 + torch.arange(37, device="cuda")
+    with torch.no_grad():
+        alone = eager.forward(tokens)[torch.arange(6, device="cuda")[:, None], positions]
+    contract.assert_same(got, alone, "ragged rows", 1e-5)
+
+
+def test_triton_is_there() -> None:
+    """Without it every test above is skipped, and a GPU run would prove nothing."""
+    assert importlib.util.find_spec("triton") is not None

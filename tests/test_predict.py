@@ -1,0 +1,211 @@
+"""The dry run: numbers known before anything runs, and widths that equalise a budget."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from cat_bench import predict, profiler
+from cat_bench.architecture import Cost, build
+from cat_bench.case import Case, Options
+from cat_bench.errors import UserError
+from cat_bench.generate import new_state
+from cat_bench.profiler import Ceilings
+from cat_bench.spec import parse
+from cat_bench.suites.efficiency import plan
+
+TINY = ["dense:width=64,num_layers=2,vocab_size=96", "cat:chunk_size=4,width=64,num_layers=2"]
+
+
+def cases(texts: list[str], **options) -> list[Case]:
+    return plan([parse(text) for text in texts], Options(**options))
+
+
+@pytest.mark.parametrize("text", TINY)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_predicts_what_a_built_model_has(text: str, dtype: str) -> None:
+    (case,) = cases([text], batch_sizes=(3,), seq_lens=(24,), dtype=dtype)
+    row = predict.resolve([case])[case.key]
+    model = build(parse(text), dtype=dtype)
+    state = new_state(model, 3, 24)
+    assert row["num_params"] == sum(p.numel() for p in model.parameters())
+    assert row["weights_bytes"] == profiler.weights_bytes(model)
+    assert row["state_bytes"] == profiler.state_live_bytes(state)
+    assert 0 < row["state_float_bytes"] <= row["state_bytes"]
+    assert row["label"] == model.config.label
+    assert row["config"]["width"] == 64
+
+
+def test_resolved_rows_survive_json() -> None:
+    planned = cases(TINY, device="cuda", seq_lens=(64,))
+    resolved = predict.resolve(planned, "NVIDIA H100 80GB HBM3")
+    assert json.loads(json.dumps(resolved)) == resolved
+    assert set(resolved) == {case.key for case in planned}
+
+
+def test_a_sequence_longer_than_the_chunk_positions_is_refused() -> None:
+    planned = cases(["cat:max_len=4096"], seq_lens=(8192,))
+    with pytest.raises(UserError) as error:
+        predict.resolve(planned)
+    assert error.value.message == (
+        "cat:max_len=4096: seq_len=8192 needs 1024 chunk positions; max_len=4096 gives 512."
+    )
+    assert error.value.hint == "Use -a cat:max_len=8192, or a shorter --seq-len."
+
+
+# --- the floor ------------------------------------------------------------------------------------
+
+
+class Bill:
+    """An architecture that only knows its costs: weights bound by reading, state by computing."""
+
+    def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
+        return Cost("weights", 1000, batch_size), Cost("state", num_tokens, 100 * num_tokens)
+
+
+def test_the_floor_adds_the_slower_of_reading_and_computing_part_by_part() -> None:
+    # Tokens 2, 3, 4 are read: 3 x 1000 / 10 for the weights, (2 + 3 + 4) x 100 / 5 for the state.
+    floor_s = predict.generation_floor_s(Bill(), 1, 2, 5, Ceilings(10, 5, "assumed"))
+    assert floor_s == pytest.approx(300 + 180)
+
+
+def test_long_generations_are_sampled_closely_enough() -> None:
+    model = build(parse("cat-8:max_len=16384"), device="meta", dtype="bfloat16")
+    ceilings = predict.assumed_ceilings("NVIDIA H100 80GB HBM3")
+    sampled_s = predict.generation_floor_s(model, 16, 8, 16384, ceilings)
+    parts = (cost for n in range(8, 16384) for cost in model.step_costs(16, n))
+    whole_s = sum(max(part.num_bytes / 2.9e12, part.flops / 800e12) for part in parts)
+    assert sampled_s == pytest.approx(whole_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, batch_size, seq_len, expected_s",
+    [
+        ("dense", 256, 4096, 37.0),
+        ("dense", 256, 1024, 2.42),
+        ("dense", 512, 1024, 4.82),
+        ("cat-16:max_len=4096", 256, 4096, 7.1),
+        ("cat-8", 256, 1024, 1.18),
+        ("cat-8", 512, 1024, 2.28),
+    ],
+)
+def test_floors_agree_with_the_calculated_ones(text, batch_size, seq_len, expected_s) -> None:
+    """The table of the performance targets, H100."""
+    (case,) = cases([text], device="cuda", batch_sizes=(batch_size,), seq_lens=(seq_len,))
+    row = predict.resolve([case], "NVIDIA H100 80GB HBM3")[case.key]
+    assert row["floor_s"] == pytest.approx(expected_s, rel=0.02)
+    assert row["floor_source"] == "assumed"
+
+
+def test_a_floor_is_quick() -> None:
+    model = build(parse("cat-8:max_len=32768"), device="meta", dtype="bfloat16")
+    start_s = time.process_time()
+    predict.generation_floor_s(model, 16, 8, 32768, Ceilings(1e12, 1e14, "assumed"))
+    assert time.process_time() - start_s < 0.3  # about 0.05 s on an idle core
+
+
+def test_an_unknown_gpu_gives_no_figure_but_a_warning() -> None:
+    (case,) = cases([TINY[0]], device="cuda", batch_sizes=(1,))
+    row = predict.resolve([case], "NVIDIA GeForce GTX 1080")[case.key]
+    assert row["floor_s"] is None
+    assert "No lower bounds" in row["warnings"][0]
+    (case,) = cases([TINY[0]], batch_sizes=(1,))
+    assert predict.resolve([case])[case.key]["warnings"] == []
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_fits() -> None:
+    planned = cases(["dense", "cat-8"], device="cuda", batch_sizes=(512, 2048))
+    resolved = predict.resolve(planned, "NVIDIA H100 80GB HBM3")
+    table = predict.plan_table(planned, resolved, 79.1 * predict.GIB)
+    assert table["architecture"].tolist() == ["CAT-8", "CAT-8", "Dense", "Dense"]
+    assert table["batch"].tolist() == [512, 2048, 512, 2048]
+    assert table["weights"].tolist() == ["1.80 GiB"] * 2 + ["0.48 GiB"] * 2
+    # CAT's ids of the open chunk are below a hundredth of a GiB.
+    assert table["state"].tolist() == ["6.38 GiB", "25.50 GiB", "24.00 GiB", "96.00 GiB"]
+    assert table["fits in 79.1 GiB"].tolist() == ["yes", "yes", "yes", "NO (106.1)"]
+    assert table["at least"].tolist()[-1] == "-"
+
+
+def test_the_table_without_a_gpu_says_what_is_needed() -> None:
+    planned = cases(["dense"], device="cuda", batch_sizes=(512,))
+    table = predict.plan_table(planned, predict.resolve(planned))
+    assert table["needs"].tolist() == ["26.93 GiB"]
+    assert table["at least"].tolist() == ["-"]
+
+
+# --- equal budgets --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", predict.BUDGETS)
+def test_matched_widths_are_the_nearest(budget: str) -> None:
+    first, other = parse("dense:num_layers=4"), parse("cat-8:num_layers=4")
+    specs = predict.matched([first, other], budget, 64, 256)
+    assert specs[0] == first
+    width = specs[1].overrides["width"]
+    assert width % 64 == 0
+
+    def distance(width: int) -> float:
+        (case,) = cases(
+            [f"cat-8:num_layers=4,width={width}"],
+            device="cuda",
+            batch_sizes=(64,),
+            seq_lens=(256,),
+        )
+        return abs(predict.resolve([case], None, budget, first)[case.key]["match_ratio"] - 1)
+
+    assert distance(width) <= distance(width - 64)
+    assert distance(width) <= distance(width + 64)
+
+
+def test_a_match_at_the_default_width_has_the_default_text() -> None:
+    assert [s.text for s in predict.matched([parse("dense"), parse("dense")], "params", 1, 64)] == [
+        "dense",
+        "dense",
+    ]
+
+
+def test_the_reached_ratio_is_reported_and_warned_about() -> None:
+    first = parse("dense:num_layers=4")
+    planned = cases(["dense:num_layers=4", "dense:num_layers=5"], batch_sizes=(1,))
+    resolved = predict.resolve(planned, None, "state", first)
+    near, far = sorted(resolved.values(), key=lambda row: row["match_ratio"])
+    assert near["match_ratio"] == 1 and near["warnings"] == []
+    assert far["match_ratio"] == 1.25
+    assert "state is 1.250 times that of dense:num_layers=4" in far["warnings"][0]
+
+
+def test_reference_cases_take_no_part_in_a_match() -> None:
+    planned = cases([TINY[0]], batch_sizes=(1,), reference_every=5)
+    resolved = predict.resolve(planned, None, "params", parse(TINY[0]))
+    for case in planned:
+        assert ("match_ratio" in resolved[case.key]) == (not case.settings)
+
+
+def test_a_given_width_cannot_be_chosen() -> None:
+    with pytest.raises(UserError, match=r"chooses the width, but one is given"):
+        predict.matched([parse("dense"), parse("dense-2d")], "params", 1, 64)
+
+
+def test_an_architecture_without_width_cannot_be_matched(tmp_path) -> None:
+    path = tmp_path / "odd.py"
+    path.write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Config:\n    size: int = 4\n"
+        "class Model:\n    decode_paths = ('eager',)\n"
+    )
+    with pytest.raises(UserError, match="'width', which .*odd.py does not have"):
+        predict.matched([parse("dense"), parse(str(path))], "params", 1, 64)
+
+
+def test_an_unknown_budget_is_named() -> None:
+    with pytest.raises(UserError, match="--match 'speed' is unknown"):
+        predict.matched([parse("dense")], "speed", 1, 64)
+
+
+def test_planning_allocates_no_weights() -> None:
+    model = predict._meta_model("dense-2d", "eager", "bfloat16")
+    assert {p.device for p in model.parameters()} == {torch.device("meta")}

@@ -1,0 +1,164 @@
+"""Specs: text in, canonical text out, clear sentences for bad text, files found unimported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cat_bench import spec
+from cat_bench.errors import UserError
+
+FIXTURE = Path(__file__).parent / "fixtures" / "spec_architecture.py"
+MINE = FIXTURE.read_text()
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return str(path)
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(UserError) as caught:
+        spec.parse(text)
+    return str(caught.value)
+
+
+def test_defaults_are_dropped_and_keys_sorted():
+    assert spec.parse("dense:width=2048,num_layers=6").text == "dense:num_layers=6,width=2048"
+    assert spec.parse("dense:width=1024").text == "dense"
+    assert spec.parse("dense:").text == "dense"
+
+
+def test_a_preset_is_its_file_with_settings():
+    assert spec.parse("dense-2d").text == "dense:width=2048"
+    assert spec.parse("cat-16").text == "cat:chunk_size=16"
+    assert spec.parse("cat-16:max_len=4096").text == "cat:chunk_size=16,max_len=4096"
+    assert spec.parse("dense-2d:width=1024").text == "dense"  # a setting beats the preset
+
+
+def test_every_preset_parses_and_every_text_is_canonical():
+    for info in spec.architectures():
+        for name in [info.name, *info.presets]:
+            parsed = spec.parse(name)
+            assert spec.parse(parsed.text) == parsed
+
+
+def test_all_types_are_read(mine: str):
+    parsed = spec.parse(f"{mine}:ratio=1e-3,rule=absolute,window=256,gated=TRUE,note=hello,width=8")
+    assert parsed.overrides == {
+        "gated": True,
+        "note": "hello",
+        "ratio": 0.001,
+        "rule": "absolute",
+        "width": 8,
+        "window": 256,
+    }
+    assert spec.parse(f"{mine}:window=none,gated=false,width=64,ratio=.5") == spec.Spec(mine)
+
+
+@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
+def test_values_survive_the_trip_through_text(width: int, ratio: float, gated: bool):
+    parsed = spec.parse(f"{FIXTURE}:width={width},ratio={ratio!r},gated={gated}")
+    assert spec.parse(parsed.text) == parsed
+    assert parsed.overrides.get("width", 64) == width
+    assert parsed.overrides.get("ratio", 0.5) == ratio
+    assert parsed.overrides.get("gated", False) is gated
+
+
+def test_unknown_architecture_names_near_and_available_ones():
+    message = refusal("dens")
+    assert message.startswith("unknown architecture 'dens'. Did you mean: dense")
+    assert "Available: cat, dense" in message
+    assert "Your own: --arch path/to/file.py" in message
+    assert "Did you mean: cat-8" in refusal("cat8")
+
+
+def test_unknown_key_names_near_ones_and_all():
+    message = refusal("cat:chunksize=8")
+    assert "cat has no setting 'chunksize'. Did you mean: chunk_size?" in message
+    assert "Its settings: " in message and "max_len" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("width=eight", "width='eight' is not an integer"),
+        ("width=8.0", "width='8.0' is not an integer"),
+        ("ratio=nan", "ratio='nan' is not a finite number"),
+        ("gated=1", "gated='1' is not true or false"),
+        ("rule=other", "rule='other' is not one of 'restart', 'absolute'"),
+        ("window=wide", "window='wide' is not an integer or None"),
+        ("width", "'width' is not of the form key=value"),
+        ("width=", "'width=' is not of the form key=value"),
+        ("width=1,width=2", "'width' is given twice"),
+    ],
+)
+def test_bad_settings_get_one_clear_sentence(mine: str, settings: str, expected: str):
+    assert expected in refusal(f"{mine}:{settings}")
+
+
+def test_a_missing_file_and_a_broken_file_are_explained(tmp_path: Path):
+    assert "no architecture file at" in refusal(str(tmp_path / "none.py"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("class Config(:\n")
+    assert "is not valid Python" in refusal(str(broken))
+
+
+def test_an_edited_file_is_read_again(mine: str):
+    assert spec.parse(f"{mine}:width=64").text == mine
+    Path(mine).write_text(MINE.replace("WIDTH = 64", "WIDTH = 6_400"))
+    assert spec.parse(f"{mine}:width=64").text == f"{mine}:width=64"
+
+
+def test_the_directory_is_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "notes.py").write_text('"""No architecture."""\n')
+    (tmp_path / "_private.py").write_text(MINE)
+    monkeypatch.setattr(spec, "BASELINES", tmp_path)
+    found = {info.name: info for info in spec.architectures()}
+    assert list(found) == ["cat", "mine"]
+    info = found["mine"]
+    assert (
+        info.summary
+        == "A file that looks like an architecture; read by test_spec.py, never imported"
+    )
+    assert info.decode_paths == ("eager", "upstream")
+    assert "kind" not in info.fields and info.fields["width"] == ("int", 64)
+    assert info.missing("upstream") == "a_package_that_is_not_installed"
+    assert info.missing("eager") is None
+    assert spec.parse("mine-wide").text == "mine:width=128"
+
+
+def test_own_names_resolve_to_modules():
+    assert spec.resolve("cat").module == "cat_bench.cat"
+    assert spec.resolve("dense").module == "baselines.dense"
+
+
+def test_suites_and_exhibits_are_found_by_file():
+    assert "efficiency" in dict(spec.suites())
+    assert spec.suite_module("efficiency") == "cat_bench.suites.efficiency"
+    with pytest.raises(UserError, match="Did you mean: efficiency"):
+        spec.suite_module("eficiency")
+
+
+def test_exhibits_stand_in_the_order_of_the_paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ["fig2", "table10", "table2", "_build"]:
+        (tmp_path / f"{name}.py").write_text(f'TITLE = "About {name}"\n')
+    monkeypatch.setattr(spec, "EXHIBITS", tmp_path)
+    titles = [("table2", "About table2"), ("table10", "About table10"), ("fig2", "About fig2")]
+    assert spec.exhibits() == titles
+
+
+def test_reading_all_files_imports_neither_torch_nor_them():
+    code = (
+        "import sys; from cat_bench import spec;"
+        "spec.architectures(); spec.suites(); spec.exhibits();"
+        "spec.parse('cat-8'); print({'torch', 'pandas', 'cat_bench.cat'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
