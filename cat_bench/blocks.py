@@ -102,7 +102,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a mask made while scoring must also serve training
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """(t, s) booleans: the queries are the last rows of the keys."""
     keys = torch.arange(num_keys, device=device)

@@ -486,7 +486,8 @@ class Model(nn.Module):
         return tuple(costs)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a mask made while scoring must also serve training
 def compact_mask(num_rows: int, chunk_size: int, device: torch.device) -> Tensor:
     """(rows, rows) booleans, built once per length and chunk size."""
     rows = torch.arange(num_rows, device=device)

@@ -373,6 +373,13 @@ def test_the_plan_is_replaced_at_once_or_not_at_all(run: Run, monkeypatch: pytes
     assert (run.path / "plan.json").read_bytes() == before
 
 
+def test_a_reader_of_the_plan_never_sees_a_part_of_it(run: Run):
+    with (run.path / "plan.json").open() as reader:  # began before the plan grew
+        run.extend_plan([replace(CASE, seed=1)], {})
+        assert len(json.load(reader)["cases"]) == 2
+    assert len(run.cases()) == 3
+
+
 def test_rows_keep_the_key_that_they_were_run_with(run: Run):
     """A field added to Case later changes keys; old rows must still find their case."""
     run.append(rows())
