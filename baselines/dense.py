@@ -1,10 +1,10 @@
 """Dense causal transformer: the quality ceiling and the cost ceiling of every table.
 
 Transformer++ as in the CAT paper, Appendix E.3: RoPE, RMSNorm, SwiGLU, no biases. `dense-2d` is the
-same at twice the width: the honest reference for CAT's decoder, which has that width.
+same at twice the width: the honest reference for CAT, whose decoder has that width.
 State: one key and one value per token, layer and head, so it grows with the sequence.
 
-Shapes: b batch, t tokens, d width, h heads, e head width (64), s cache rows, l layers, v vocabulary.
+Shapes: b batch, t tokens, d width, h heads, e head width (64), s cache rows, l layers, v words.
 Try it: cat-bench run efficiency -a dense --quick
 """
 
@@ -82,7 +82,9 @@ class Model(nn.Module):
             block.init_weights(self.config.num_layers)
 
     def forward(self, tokens: Tokens) -> Logits:
-        rope = rope_table(torch.arange(tokens.shape[1], device=tokens.device), self.config.rope_base)
+        rope = rope_table(
+            torch.arange(tokens.shape[1], device=tokens.device), self.config.rope_base
+        )
         x = self.embed(tokens)  # (b, t, d)
         for block in self.blocks:
             x = block(x, rope, lambda q, k, v: attention(q, k, v, causal=True))
@@ -92,15 +94,16 @@ class Model(nn.Module):
         c, like = self.config, self.head.weight
         kv_heads = c.num_kv_heads or c.width // HEAD_WIDTH
         shape = (c.num_layers, batch_size, kv_heads, max_len, HEAD_WIDTH)
-        state = State(like.new_zeros(shape), like.new_zeros(shape), 0, None)
-        if self.decode_path == "cuda_graph":
-            ids = torch.arange(max_len, device=like.device)
-            rope = rope_table(ids, c.rope_base)
-            step = CapturedStep(
-                lambda token, row: self._graphed_step(token, row, state, rope), batch_size, like.device
-            )
-            state = state._replace(captured=step)
-        return state
+        buffers = State(like.new_zeros(shape), like.new_zeros(shape), 0, None)
+        if self.decode_path == "eager":
+            return buffers
+        rope = rope_table(torch.arange(max_len, device=like.device), c.rope_base)
+        captured = CapturedStep(
+            lambda token, row: self._graphed_step(token, row, buffers, rope),
+            batch_size,
+            like.device,
+        )
+        return buffers._replace(captured=captured)
 
     def reset(self, state: State) -> State:
         return state._replace(num_tokens=0)  # rows past the counter are never read
@@ -128,7 +131,7 @@ class Model(nn.Module):
         return logits, state._replace(num_tokens=state.num_tokens + 1)
 
     def _graphed_step(self, token: Tensor, row: Tensor, state: State, rope) -> Tensor:
-        """One step on the fast kernels, without host values. token (b,), row (b,): where to write."""
+        """One step on the fast kernels, without host values. token (b,), row (b,) to write."""
         rows = Rows(write=row, rope_id=row, first_end=row, second_start=row, second_end=row)
         x = self.embed(token)  # (b, d)
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
@@ -137,7 +140,9 @@ class Model(nn.Module):
 
     def _check_room(self, end: int, state: State) -> None:
         if end > state.keys.shape[3]:
-            raise ValueError(f"the state holds {state.keys.shape[3]} tokens; token {end} was given.")
+            raise ValueError(
+                f"the state holds {state.keys.shape[3]} tokens; token {end} was given."
+            )
 
     def step_kind(self, num_tokens: int) -> str:
         return "step"
@@ -160,7 +165,7 @@ class Model(nn.Module):
         return self.state_bytes(batch_size, seq_len)
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
-        """Weights: every matrix once, 2 FLOP per weight and row. State: all rows so far, 4 L D each."""
+        """Weights: every matrix once, 2 FLOP per weight. State: all rows so far, 4 L D each."""
         c = self.config
         weights = c.num_layers * linear_params(c.width, c.num_kv_heads) + c.width * c.vocab_size
         return (

@@ -54,7 +54,7 @@ class Architecture(Protocol):
         ...
 
     def init_state(self, batch_size: int, max_len: int) -> State:
-        """All that decoding `max_len` tokens needs; a graphed path captures its graphs here."""
+        """All that decoding `max_len` tokens needs; a graphed path captures here."""
         ...
 
     def reset(self, state: State) -> State:
@@ -92,12 +92,12 @@ def step_flops(model: Architecture, batch_size: int, num_tokens: int) -> float:
 
 
 def generation_flops(model: Architecture, batch_size: int, seq_len: int) -> float:
-    """FLOPs of reading `seq_len` tokens one by one = of a forward pass; training takes 3 times it."""
+    """FLOPs of reading `seq_len` tokens one by one, as of one forward pass; training takes 3 times."""
     return sum(step_flops(model, batch_size, n) for n in range(1, seq_len + 1))
 
 
 def load_module(spec: Spec):
-    """Import the architecture's file. Raises UserError where it does not export Config and Model."""
+    """Import the architecture's file. Raises UserError where it lacks Config or Model."""
     source = resolve(spec.name)
     if source.module:
         module = importlib.import_module(source.module)
@@ -110,14 +110,14 @@ def load_module(spec: Spec):
     for export in ("Config", "Model"):
         if not hasattr(module, export):
             raise UserError(
-                f"{source.path} exports no {export}; an architecture file exports Config and Model.",
+                f"{source.path} exports no {export}; an architecture exports Config and Model.",
                 "baselines/dense.py is the example to follow.",
             )
     return module
 
 
 def make_config(spec: Spec) -> Any:
-    """The resolved Config. Raises UserError with the Config's own reason where values do not fit."""
+    """The resolved Config. Raises UserError with the Config's reason where values do not fit."""
     module = load_module(spec)
     try:
         return module.Config(**spec.overrides)

@@ -26,7 +26,9 @@ def swiglu_width(width: int) -> int:
 def check_width(width: int, num_kv_heads: int | None = None) -> None:
     """Raise ValueError unless heads of 64 fill `width` and key-value heads divide them evenly."""
     if width < HEAD_WIDTH or width % HEAD_WIDTH:
-        raise ValueError(f"width must be a positive multiple of {HEAD_WIDTH} (head width), got {width}.")
+        raise ValueError(
+            f"width must be a positive multiple of {HEAD_WIDTH} (head width), got {width}."
+        )
     heads = width // HEAD_WIDTH
     if num_kv_heads is not None and (num_kv_heads < 1 or heads % num_kv_heads):
         raise ValueError(f"num_kv_heads must divide the {heads} heads, got {num_kv_heads}.")
@@ -40,7 +42,9 @@ class Block(nn.Module):
         self.num_heads = width // HEAD_WIDTH
         self.num_kv_heads = num_kv_heads or self.num_heads
         self.attn_norm = nn.RMSNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, (self.num_heads + 2 * self.num_kv_heads) * HEAD_WIDTH, bias=False)
+        self.qkv = nn.Linear(
+            width, (self.num_heads + 2 * self.num_kv_heads) * HEAD_WIDTH, bias=False
+        )
         self.attn_out = nn.Linear(width, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=eps)
         self.w1 = nn.Linear(width, swiglu_width(width), bias=False)  # gate
@@ -57,7 +61,7 @@ class Block(nn.Module):
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(b, t, (h + 2g) e) -> q (b, h, t, e), k and v (b, g, t, e); normalised, not yet rotated."""
+        """(b, t, (h + 2g) e) -> q (b, h, t, e), k and v (b, g, t, e); normalised, unrotated."""
         heads = qkv.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None:
@@ -80,7 +84,7 @@ def linear_params(width: int, num_kv_heads: int | None = None) -> int:
 
 
 def rope_table(ids: Tensor, base: float = 10_000.0) -> Rope:
-    """Angles id * base^(-2k/64), k = 0..31, always in float32: (..., t) -> cos, sin (..., t, 32)."""
+    """Angles id * base^(-2k/64), k = 0..31, always float32: (..., t) -> cos, sin (..., t, 32)."""
     exponent = torch.arange(0, HEAD_WIDTH, 2, device=ids.device, dtype=torch.float32) / HEAD_WIDTH
     angle = ids[..., None].float() * base**-exponent
     return angle.cos(), angle.sin()

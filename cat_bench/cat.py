@@ -171,7 +171,7 @@ class Model(nn.Module):
         return self.config.max_len
 
     def init_weights(self) -> None:
-        """cat_spec.md 1.5: std sqrt(2 / 5d), d = D in the compressor (proj too), D_d in the decoder."""
+        """cat_spec.md 1.5: std sqrt(2 / 5d), d = D in the compressor and proj, else D_d."""
         c, f, g = self.config, self.compressor, self.decoder
         for weight in (f.embed.weight, f.positions.weight, f.proj.weight):
             nn.init.normal_(weight, std=(2 / (5 * c.width)) ** 0.5)
@@ -242,7 +242,9 @@ class Model(nn.Module):
         state = State(
             keys=like.new_zeros(shape),
             values=like.new_zeros(shape),
-            open_tokens=torch.zeros(batch_size, c.chunk_size, dtype=torch.int64, device=like.device),
+            open_tokens=torch.zeros(
+                batch_size, c.chunk_size, dtype=torch.int64, device=like.device
+            ),
             lengths=np.zeros(batch_size, dtype=np.int64),
             captured={},
         )
@@ -268,7 +270,11 @@ class Model(nn.Module):
             given = np.asarray(lengths.cpu() if isinstance(lengths, Tensor) else lengths)
         start, end = state.lengths, state.lengths + given
         self._check_room(tokens, given, end, state)
-        if self.decode_path == "cuda_graph" and not _uniform(end) and "ragged" not in state.captured:
+        if (
+            self.decode_path == "cuda_graph"
+            and not _uniform(end)
+            and "ragged" not in state.captured
+        ):
             self._capture(state, "ragged")  # before anything is read: capturing runs the step
         if _uniform(start) and _uniform(given):
             logits = self._prefill_uniform(tokens[:, : given[0]], state, int(start[0]))
@@ -410,8 +416,9 @@ class Model(nn.Module):
         ids = torch.arange(self.config.max_len + 1, device=device)
         rope = rope_table(ids, self.config.rope_base)
         first = next(iter(state.captured.values()), None)
+        buffers = state._replace(captured={})  # no cycle: a dropped state frees its memory at once
         state.captured[kind] = CapturedStep(
-            lambda token, row: self._step_rows(token, row, state, rope, kind, block_step),
+            lambda token, row: self._step_rows(token, row, buffers, rope, kind, block_step),
             batch_size=len(state.open_tokens),
             device=device,
             first_row=size if kind == "boundary" else 1,
@@ -480,9 +487,7 @@ class Model(nn.Module):
             blocks, proj = c.depth_c * linear_params(c.width), c.chunk_size * c.width * c.width_d
             per_chunk = 2 * blocks * (c.chunk_size + 1) + 2 * proj
             per_chunk += 4 * c.width * c.depth_c * (c.chunk_size + 1) ** 2
-            costs.append(
-                Cost("compressor", (blocks + proj) * itemsize, batch_size * per_chunk)
-            )
+            costs.append(Cost("compressor", (blocks + proj) * itemsize, batch_size * per_chunk))
         return tuple(costs)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is a folder: model.safetensors (weights) and config.json (what they mean). No pickle.
+"""A checkpoint is a folder: model.safetensors and config.json (what it means). No pickle.
 
 config.json names the architecture, the layout version and *every* Config field. A field that is
 missing is refused, not defaulted: two CATs that differ only in their RoPE rule have the same tensor
@@ -63,7 +63,7 @@ def _read_config(folder: Path) -> dict:
         meaning = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); a checkpoint is a folder with {WEIGHTS} and {CONFIG}.",
+            f"{path} cannot be read ({error}); a checkpoint holds {WEIGHTS} and {CONFIG}.",
             "A bare tensor file does not say its RoPE rule: write a config.json beside it.",
         ) from error
     missing = {"architecture", "layout_version", "config"} - set(meaning)

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,8 +38,9 @@ def main() -> None:
     """The console script. UserError is caught here and nowhere else."""
     if "--debug" not in sys.argv:
         sys.excepthook = _one_line
+    command = typer.main.get_command(app)  # calling `app` itself would set its own excepthook
     try:
-        app()
+        command(prog_name="cat-bench")
     except UserError as error:
         if "--debug" in sys.argv:
             raise
@@ -179,11 +181,14 @@ def run(
             reference_every=reference_every,
         )
         environment = _environment(options.device)
-        cases, resolved = _plan(suite, arch or [], options, environment)
+        gpu_name = environment.get("gpu_name")
+        cases, first = _plan(suite, arch or [], options, gpu_name)
+        if not dry_run:
+            _check_machine(cases)
+        resolved = _resolve(cases, gpu_name, match, first)
         if dry_run:
             _print_plan(cases, resolved, environment, as_json)
             return
-        _check_machine(cases)
         run_name = name or (f"quick-{suite}" if quick else str(suite))
         target, retried = store.Run.create(results, run_name, environment, cases, resolved), None
     summary = _measure(target, cases, retried or frozenset(), timeout)
@@ -423,36 +428,54 @@ def _environment(device: str) -> dict[str, Any]:
 
 
 def _plan(
-    suite: str | None, arch: list[str], options: Options, environment: dict[str, Any]
-) -> tuple[list[Case], dict[str, dict]]:
-    """The cases and what they resolve to; a case that is impossible anywhere is refused here."""
+    suite: str | None, arch: list[str], options: Options, gpu_name: str | None
+) -> tuple[list[Case], spec.Spec | None]:
+    """The cases, and the spec that sets the budget where --match asks for one."""
     if suite is None:
         raise UserError("run needs a suite.", "Example: cat-bench run efficiency -a dense -a cat-8")
-    from cat_bench import predict, suites
+    from cat_bench import suites
 
     planner = suites.load(suite)
     specs = [spec.parse(text) for text in arch]
     if options.scale == "smoke":
         specs = [spec.tiny(one) for one in specs]
     cases = planner.plan(specs, options)
-    gpu_name = environment.get("gpu_name")
-    if options.match and specs:
-        largest = max(cases, key=lambda case: (case.batch_size, case.seq_len))
-        specs = predict.matched(
-            specs,
-            options.match,
-            largest.batch_size,
-            largest.seq_len,
-            prompt_len=largest.prompt_len,
-            dtype=largest.dtype,
-            device_name=gpu_name,
-        )
-        cases = planner.plan(specs, options)
-    first = specs[0] if options.match else None
-    resolved = predict.resolve(cases, gpu_name, options.match, first)
+    if options.match is None:
+        return cases, None
+    return planner.plan(_matched(specs, cases, options.match, gpu_name), options), specs[0]
+
+
+def _matched(
+    specs: list[spec.Spec], cases: list[Case], match: str, gpu_name: str | None
+) -> list[spec.Spec]:
+    """The specs at equal budgets, at the largest batch and length of the plan."""
+    from cat_bench import predict
+
+    largest = max(cases, key=lambda case: (case.batch_size, case.seq_len))
+    return predict.matched(
+        specs,
+        match,
+        largest.batch_size,
+        largest.seq_len,
+        prompt_len=largest.prompt_len,
+        dtype=largest.dtype,
+        device_name=gpu_name,
+    )
+
+
+def _resolve(
+    cases: list[Case],
+    gpu_name: str | None,
+    match: str | None = None,
+    first: spec.Spec | None = None,
+) -> dict[str, dict]:
+    """What each case will be; a case that is impossible on any machine is refused here."""
+    from cat_bench import predict
+
+    resolved = predict.resolve(cases, gpu_name, match, first)
     for warning in dict.fromkeys(text for row in resolved.values() for text in row["warnings"]):
         _say(f"warning: {warning}")
-    return cases, resolved
+    return resolved
 
 
 def _print_plan(
@@ -467,7 +490,7 @@ def _print_plan(
     memory = environment.get("gpu_memory_bytes") if on_gpu else None
     table = predict.plan_table(cases, resolved, memory)
     if as_json:
-        plan = [{"key": case.key, **vars(case), **resolved[case.key]} for case in cases]
+        plan = [{"key": case.key, **asdict(case), **resolved[case.key]} for case in cases]
         typer.echo(json.dumps(plan, indent=1))
         return
     typer.echo(f"plan: {_plan_line(cases)}")
@@ -607,9 +630,10 @@ def _case_document(found: store.Run, key: str) -> dict[str, Any]:
             f"'{key}' means {len(cases)} cases of {found.name}, expected one.",
             f"Its cases: {', '.join(list(found.cases())[:5])} ...",
         )
-    (full_key, case) = cases.popitem()
-    rows = json.loads(found.records().query("case == @full_key").to_json(orient="records"))
-    return {"case": vars(case), "records": rows, "environment": found.environment}
+    full_key, case = cases.popitem()
+    records = found.records()
+    rows = str(records[records["case"] == full_key].to_json(orient="records"))
+    return {"case": asdict(case), "records": json.loads(rows), "environment": found.environment}
 
 
 def _write(path: Path, text: str) -> None:
@@ -645,13 +669,11 @@ def _measure_missing(
     """What measures the cases that an exhibit lacks, all in one new run folder."""
 
     def measure(cases: list[Case]) -> None:
-        from cat_bench import predict
-
         if not cases:
             return
         _check_machine(cases)
         environment = _environment(cases[0].device)
-        resolved = predict.resolve(cases, environment.get("gpu_name"))
+        resolved = _resolve(cases, environment.get("gpu_name"))
         target = store.Run.create(results, scale, environment, cases, resolved)
         summary = _measure(target, cases, frozenset(), 3600.0)
         sweeps.append((target, summary))
@@ -663,7 +685,7 @@ def _measure_missing(
 
 def _print_statuses(statuses: list[Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps([vars(status) for status in statuses], indent=1))
+        typer.echo(json.dumps([asdict(status) for status in statuses], indent=1))
         return
     widths = [max(len(getattr(s, part)) for s in statuses) for part in ("name", "status")]
     for status in statuses:
@@ -682,7 +704,7 @@ def _print_files(files: list[Path], report_html: Path | None) -> None:
 
 def _build_document(built: Any) -> dict[str, Any]:
     return {
-        "statuses": [vars(status) for status in built.statuses],
+        "statuses": [asdict(status) for status in built.statuses],
         "files": [str(path) for path in built.files],
         "report_html": str(built.report_html) if built.report_html else None,
     }

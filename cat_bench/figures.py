@@ -74,7 +74,7 @@ LOOKS = {
     "GDN-H1": Look("#d55e00", "<", "--"),
     "BASED": Look("#cc79a7", "p"),
     "BASED (unpatched)": Look("#cc79a7", "8", "--"),
-    "BASED-2x": Look("#cc79a7", "8", "--"),
+    "BASED-2x": Look("#cc79a7", ">", "--"),
     "Sparse": Look("#b8a800", ">", "--"),
     "Sparse-2D": Look("#b8a800", "h"),
     "Sliding": Look("#8c564b", "*"),
@@ -138,7 +138,11 @@ def efficiency_figure(
     panels: Sequence[Panel] = ALL_PANELS,
     is_smoke: bool = False,
 ) -> Figure:
-    """`rows` (report.measured) over `axis`, one panel per quantity, the paper's points beside."""
+    """`rows` (report.measured) over `axis`, one panel per quantity, the paper's points beside.
+
+    Smoke rows stand alone: tiny models on a CPU share no axis with the paper's.
+    """
+    published = [] if is_smoke and len(rows) else published
     with matplotlib.rc_context(STYLE):
         columns = min(2, len(panels))
         figure = Figure(
@@ -149,8 +153,8 @@ def efficiency_figure(
         for letter, axes, panel in zip("abcdef", grid.flat, panels, strict=False):
             _draw_panel(axes, panel, rows, published, axis, labels)
             axes.set_title(f"({letter}) {panel.title}")
-        _legend(figure, grid, labels, rows, published)
-        _finish(figure, caption, is_smoke)
+        _legend(figure, labels, rows, published, is_smoke)
+        _caption(figure, caption)
     return figure
 
 
@@ -266,7 +270,7 @@ def _scale_axes(axes: Axes, panel: Panel, ticks: Sequence[float]) -> None:
         axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
-    if panel.is_ratio:
+    if panel.is_ratio and axes.get_ylim()[1] < 10:
         axes.set_ylim(0, max(1.25, axes.get_ylim()[1]))
         return
     axes.set_yscale("log")
@@ -279,9 +283,9 @@ def _scale_axes(axes: Axes, panel: Panel, ticks: Sequence[float]) -> None:
 
 
 def _legend(
-    figure: Figure, grid: np.ndarray, labels: list[str], rows: pd.DataFrame, published: Sequence
+    figure: Figure, labels: list[str], rows: pd.DataFrame, published: Sequence, is_smoke: bool
 ) -> None:
-    """One legend above all panels."""
+    """One legend above all panels, under the stamp of figures that prove nothing."""
     ours = set(rows["label"]) if len(rows) else set()
     handles = []
     for number, label in enumerate(labels):
@@ -306,17 +310,19 @@ def _legend(
         handles.append(
             Line2D([], [], color="#555555", marker="x", linestyle="none", label="out of memory")
         )
-    if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
+    legend = figure.legend(
+        handles=handles, loc="outside upper center", ncols=max(1, min(5, len(handles)))
+    )
+    if is_smoke and len(rows):  # the paper's points alone are not meaningless
+        legend.set_title(SMOKE_STAMP, {"size": 10, "weight": "bold"})
+        legend.get_title().set_color("#b00020")
 
 
-def _finish(figure: Figure, caption: str, is_smoke: bool) -> None:
-    """The caption under the panels, and the stamp over figures that prove nothing."""
+def _caption(figure: Figure, caption: str) -> None:
+    """Under the panels, at the left edge."""
     paragraphs = caption.split("\n")
     lines = [line for text in paragraphs for line in textwrap.wrap(text, CAPTION_COLUMNS)]
     figure.supxlabel("\n".join(lines), fontsize=7, color="#444444", x=0.01, ha="left")
-    if is_smoke:
-        figure.suptitle(SMOKE_STAMP, color="#b00020", fontsize=10, fontweight="bold")
 
 
 def mask_figure(masks: Sequence[tuple[str, np.ndarray, int]], caption: str) -> Figure:
@@ -342,7 +348,7 @@ def mask_figure(masks: Sequence[tuple[str, np.ndarray, int]], caption: str) -> F
             for name, color in zip(names, (colors[1], colors[2], colors[0]), strict=True)
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
-        _finish(figure, caption, is_smoke=False)
+        _caption(figure, caption)
     return figure
 
 

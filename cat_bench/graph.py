@@ -1,4 +1,4 @@
-"""The decode path `cuda_graph`: one cached step on Triton kernels, captured once, replayed per token.
+"""The decode path `cuda_graph`: one cached step on Triton kernels, captured once, then replayed.
 
 Every architecture whose layers are attention over cache rows uses it (Dense, CAT). The kernels and
 this file say the same thing twice: `decode_attention_reference` is the specification in plain
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention, rotate
+from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention
 
 
 class Rows(NamedTuple):
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 def decode_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: Rows
 ) -> Tensor:
-    """Write one rotated row per sequence, then attend. q (b, h, 1, e), k v (b, g, 1, e) -> q's shape.
+    """Write one rotated row per sequence, attend. q (b, h, 1, e), k v (b, g, 1, e) -> as q.
 
     keys, values (b, g, s, e) are changed in place.
     """
@@ -87,7 +87,8 @@ def packed_gate_up(block: Block) -> Tensor:
     On first use the two weights become halves of one buffer; their values, names and shapes stay.
     """
     gate, up = block.w1.weight, block.w3.weight
-    if up.data_ptr() != gate.data_ptr() + gate.nbytes:
+    packed = up.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()
+    if not packed:
         both = torch.cat([gate.detach(), up.detach()])
         gate.data, up.data = both.chunk(2)
     return gate.detach().as_strided((2 * len(gate), gate.shape[1]), gate.stride())

@@ -26,7 +26,7 @@ def decode_attention(
     """Rotate q and k, write k and v into the cache, attend: one launch (two where rows are split).
 
     Reference: graph.decode_attention_reference. q (b, h e), k and v (b, g e), not yet rotated, last
-    dimension contiguous; keys, values (b, g, s, e) changed in place; rope tables (ids, e/2) float32.
+    dimension contiguous; keys, values (b, g, s, e) changed in place; rope tables (ids, e/2) fp32.
     Returns (b, h e) in q's dtype. Softmax and sums are float32.
     """
     batch_size, num_heads, num_kv = len(q), q.shape[1] // HEAD_WIDTH, keys.shape[1]

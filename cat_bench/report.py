@@ -241,10 +241,10 @@ def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
 def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> pd.DataFrame:
     """True where a cell is the best of its group; a group of one has no best."""
     best = pd.DataFrame(False, index=rows.index, columns=[c.title for c in columns])
-    groups = rows.groupby(list(by), sort=False).groups.values() if by else [rows.index]
+    parts = [part for _, part in rows.groupby(list(by), sort=False)] if by else [rows]
     for column in (c for c in columns if c.best):
-        for group in groups:
-            values = rows.loc[group, column.keys[0]].dropna()
+        for part in parts:
+            values = part[column.keys[0]].dropna()
             if len(values) > 1:
                 best.loc[values.index[values == column.best(values)], column.title] = True
     return best
@@ -268,6 +268,7 @@ OTHER_COLUMNS = (
     Column("architecture", ("label",), str),
     Column("suite", ("suite",), str),
     Column("seed", ("seed",), whole),
+    Column("status", ("status",), str),
 )
 DEFINITIONS = (
     "latency = median time of a whole generation, prefill included; tok/s = batch x new tokens / "
@@ -294,7 +295,9 @@ def records_table(records: pd.DataFrame) -> Table:
     rows = measured(records)
     if rows.empty:
         return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
-    efficiency = "latency_s" in rows
+    efficiency = bool((rows["suite"] == "efficiency").all())
+    if efficiency and "latency_s" not in rows:  # nothing went well: statuses still need a column
+        rows["latency_s"] = math.nan
     columns = EFFICIENCY_COLUMNS if efficiency else OTHER_COLUMNS + _metric_columns(records)
     by = ["batch_size", "seq_len"]
     rows = rows.sort_values([*by, "run"], kind="stable") if efficiency else rows
@@ -502,7 +505,9 @@ def _verdict(rows: pd.DataFrame, num_worse: int) -> str:
 
 def _compare_notes(rows: pd.DataFrame, across_machines: bool) -> tuple[str, ...]:
     marks = "+ worse, - better, ~ within noise, ! newly failing, x not comparable."
-    rule = f"A change counts beyond {stats.MARGIN:.0%} and where the samples tell the runs apart."
+    rule = (
+        f"A change counts beyond {percent(stats.MARGIN)} and where the samples tell the runs apart."
+    )
     if across_machines:
         rule = "Different machines: speed-ups over Dense are compared, never seconds. " + rule
     return (marks, rule)

@@ -1,5 +1,6 @@
 """The rule of warm-ups and repeats on a fake clock; counters, the state walker, ceilings."""
 
+import gc
 import re
 import sys
 from pathlib import Path
@@ -194,6 +195,8 @@ def test_ceilings_of_this_cpu_are_positive_and_called_measured() -> None:
 
 @pytest.mark.gpu
 def test_graph_pools_are_seen_by_their_own_counter_only() -> None:
+    gc.collect()  # graphs of earlier tests must not give their pools back in between
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     before = profiler.memory_counters("cuda")
     with torch.cuda.graph(graph):

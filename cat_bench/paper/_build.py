@@ -147,6 +147,8 @@ def missing_cases(names: Sequence[str], scale: str, records: pd.DataFrame) -> li
     missing: dict[str, Case] = {}
     for name in names:
         found = find(records, exhibit(name).plan(scale))
+        if _settings.only_reference(getattr(exhibit(name), "ARCHITECTURES", ())):
+            continue
         missing |= {case.key: case for case in found.planned if case.key not in found.statuses}
     return list(missing.values())
 
@@ -160,37 +162,36 @@ def _status(name: str, found: Found, rendered: list[str] | None) -> Status:
     unbuilt = [suite for suite in module.SUITES if suite not in known]
     names = getattr(module, "ARCHITECTURES", ())
     absent = _settings.missing(names)
-    only_dense = _settings.available(names) == ["dense"]  # the reference without its subject
-    details = [f"without {', '.join(absent)}"] if absent else []
-    if unbuilt and found.planned:
-        details.append(f"needs suites: {', '.join(unbuilt)}")
-    if found.device:
-        details.append(f"on {found.device}")
+    word = _word(found, unbuilt, absent, _settings.only_reference(names), rendered)
+    details = []
+    if not word.startswith("not built"):
+        details += [f"without {', '.join(absent)}"] if absent else []
+        details += [f"needs suites: {', '.join(unbuilt)}"] if unbuilt else []
+        details += [f"on {found.device}"] if found.device else []
     if found.others:
         details.append(f"cases of {', '.join(found.others)} left out")
     bad = Counter(status for status in found.statuses.values() if status != "ok")
     details += [f"{number} {status}" for status, number in bad.items()]
-    return Status(
-        name,
-        module.TITLE,
-        _word(found, unbuilt, absent if only_dense else [], rendered),
-        "; ".join(details),
-    )
+    return Status(name, module.TITLE, word, "; ".join(details))
 
 
 def _word(
-    found: Found, unbuilt: Sequence[str], absent: Sequence[str], rendered: list[str] | None
+    found: Found,
+    unbuilt: Sequence[str],
+    absent: Sequence[str],
+    only_reference: bool,
+    rendered: list[str] | None,
 ) -> str:
-    num_planned = len({case.key for case in found.planned})
-    if not num_planned and unbuilt:
+    keys = sorted({case.key for case in found.planned})
+    if unbuilt and not keys:
         return f"not built (needs suites: {', '.join(unbuilt)})"
-    if absent:
+    if only_reference:
         return f"not built (needs architectures: {', '.join(absent)})"
-    if rendered is not None and rendered != sorted({case.key for case in found.planned}):
+    if rendered is not None and rendered != keys:
         return "stale"
-    if found.num_closed == num_planned:  # 0 of 0: drawn, not measured
-        return "done"
-    return f"partial {found.num_closed}/{num_planned}" if found.num_closed else "not run"
+    if found.num_closed < len(keys):
+        return f"partial {found.num_closed}/{len(keys)}" if found.num_closed else "not run"
+    return "done in part" if unbuilt or absent else "done"  # 0 of 0: drawn, not measured
 
 
 def _index(results: Path, scale: str) -> dict[str, list[str]]:

@@ -24,6 +24,8 @@ def content(
 ) -> Content:
     """The figure, its rows, and a table with % of floor, ratios and crossing points."""
     rows = measured(records, names, cases, scale)
+    if _settings.only_reference(names):
+        rows = rows.iloc[:0]  # Dense without its subject: the paper's points alone say more
     figure = figures.efficiency_figure(
         rows, published, axis, caption(title, rows, names, scale), panels, scale == "smoke"
     )
@@ -51,7 +53,7 @@ def caption(title: str, rows: pd.DataFrame, names: Sequence[str], scale: str) ->
     absent = _settings.missing(names)
     if absent:
         parts.append(f"Not built yet: {', '.join(absent)}.")
-    if len(rows) and not figures.may_overlay(rows):
+    if len(rows) and scale != "smoke" and not figures.may_overlay(rows):
         parts.append(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
         )

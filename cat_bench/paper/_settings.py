@@ -105,6 +105,11 @@ def missing(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(files))
 
 
+def only_reference(names: Iterable[str]) -> bool:
+    """Whether of all `names` only Dense exists, and not what the exhibit is about."""
+    return available(names) == ["dense"]
+
+
 def _exists(name: str) -> bool:
     try:
         spec.parse(name)

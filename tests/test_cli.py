@@ -1,0 +1,376 @@
+"""The command line: streams, exit codes, one clear sentence for every kind of bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from cat_bench import cli, store
+
+TINY_RUN = ("efficiency", "-a", "dense", "--quick", "--batch-size", "1", "--seq-len", "16")
+FAULTY = '''"""Dense with a planted fault."""
+from dataclasses import dataclass
+from baselines import dense
+
+REQUIRES = {"upstream": "a_package_that_is_not_installed"}
+
+@dataclass(frozen=True)
+class Config(dense.Config):
+    width: int = 64
+    num_layers: int = 1
+    vocab_size: int = 64
+
+class Model(dense.Model):
+    decode_paths = ("eager", "upstream")
+
+    def step(self, token, state):
+        raise RuntimeError("planted fault")
+'''
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Answer]
+
+
+@pytest.fixture
+def cat_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cli:
+    """Runs `cat-bench ARGUMENTS` in this process; an unexpected exception fails the test."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main() replaces it; put it back
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["cat-bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Answer(int(ended.value.code or 0), out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with one run of one tiny case, made through the real console entry."""
+    results = tmp_path_factory.mktemp("measured")
+    command = [sys.executable, "-m", "cat_bench", "run", *TINY_RUN, "--name", "first"]
+    done = subprocess.run(
+        [*command, "--results", str(results)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Dense" in done.stdout and "latency" in done.stdout
+    assert "measuring 1 case" in done.stderr and "measuring" not in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr  # no colours off a terminal
+    return results
+
+
+@pytest.fixture
+def one_run(measured: Path, results_folder: Path) -> Path:
+    """A copy of that run in this test's own results folder."""
+    shutil.copytree(measured, results_folder)
+    return results_folder / "0001-first"
+
+
+def refused(answer: Answer, *parts: str) -> None:
+    """Exit code 2, nothing on stdout, one sentence on stderr that holds `parts`, no traceback."""
+    assert answer.code == 2, answer
+    assert answer.out == ""
+    sentences = [line for line in answer.err.splitlines() if not line.startswith("warning: ")]
+    assert sentences[0].startswith("error: ")
+    assert "Traceback" not in answer.err
+    for part in parts:
+        assert part in answer.err
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("-a dens", ["unknown architecture 'dens'. Did you mean: dense", "Available: cat, dense"]),
+        ("-a cat:chunksize=8", ["no setting 'chunksize'. Did you mean: chunk_size?"]),
+        ("-a cat:chunk_size=eight", ["chunk_size='eight' is not an integer", "Example"]),
+        ("-a cat:chunk_size=2048", ["chunk_size must lie between 1 and max_len=1024, got 2048"]),
+        (
+            "-a cat-16 --seq-len 8192",
+            ["needs 512 chunk positions; max_len=1024 gives 64", "-a cat:chunk_size=16,max_len=81"],
+        ),
+        ("-a dense --batch-size -4", ["--batch-size -4 is impossible"]),
+        ("-a dense --batch-size 1,x", ["--batch-size '1,x' is not a list of whole numbers"]),
+        ("-a dense --seq-len 8", ["leaves nothing to generate"]),
+        ("-a dense --dtype int8", ["--dtype 'int8' is unknown"]),
+        ("-a dense --device tpu", ["--device 'tpu' is unknown"]),
+        ("-a dense --match size", ["--match 'size' is unknown"]),
+        ("-a dense --decode-path warp", ["no decode path 'warp'; it has: eager"]),
+        ("-a dense --quick --device cuda", ["--quick runs on the CPU"]),
+        ("-a no/such/file.py", ["no architecture file at 'no/such/file.py'"]),
+        ("", ["no architecture was given"]),
+    ],
+)
+def test_a_bad_run_is_refused_before_anything_is_written(
+    cat_bench: Cli, results_folder: Path, arguments: str, parts: list[str]
+):
+    device = [] if "--device" in arguments or "--quick" in arguments else ["--device", "cpu"]
+    refused(cat_bench("run", "efficiency", *arguments.split(), *device), *parts)
+    assert not results_folder.exists()
+
+
+def test_a_missing_gpu_is_refused(cat_bench: Cli, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    answer = cat_bench("run", "efficiency", "-a", "dense", "--device", "cuda")
+    refused(answer, "sees no CUDA GPU", "--device cpu")
+
+
+def test_a_missing_package_is_refused(cat_bench: Cli, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY)
+    answer = cat_bench(
+        *("run", "efficiency", "-a", mine, "--device", "cpu", "--decode-path", "upstream")
+    )
+    refused(answer, "'upstream' needs the package a_package_that_is_not_installed", "pip install")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["run"], ["run needs a suite"]),
+        (["run", "eficiency"], ["unknown suite 'eficiency'. Did you mean: efficiency?"]),
+        (["run", "--resume", "none"], ["no run 'none'"]),
+        (["show", "7"], ["no run '7'", "cat-bench run"]),
+        (["list", "everything"], ["cannot list 'everything'", "architectures, suites"]),
+        (["paper", "fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
+        (["paper", "--scale", "huge"], ["unknown scale 'huge'", "smoke, h100, paper"]),
+    ],
+)
+def test_bad_words_get_one_sentence(cat_bench: Cli, arguments: list[str], parts: list[str]):
+    refused(cat_bench(*arguments), *parts)
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["show"], ["run", "--no-such-flag"]])
+def test_usage_errors_exit_with_2(cat_bench: Cli, arguments: list[str]):
+    answer = cat_bench(*arguments)
+    assert answer.code == 2 and "Error" in answer.err and answer.out == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("plan.json", None, "plan.json is missing"),
+        ("environment.json", "{not json", "environment.json is broken"),
+        ("records.jsonl", '{"case": "abc"}\n', "records.jsonl, line 1 is not a row"),
+    ],
+)
+def test_an_unreadable_run_is_refused_and_left_alone(
+    cat_bench: Cli, one_run: Path, file: str, content: str | None, expected: str
+):
+    path = one_run / file
+    path.unlink() if content is None else path.write_text(content)
+    before = {p.name: p.read_bytes() for p in one_run.iterdir()}
+    refused(cat_bench("show", "1"), expected)
+    listed = cat_bench("list", "runs")
+    assert listed.code == 0 and "0001-first  unreadable" in listed.out
+    assert before == {p.name: p.read_bytes() for p in one_run.iterdir()}
+
+
+def test_a_torn_last_row_is_left_out_with_a_warning(cat_bench: Cli, one_run: Path):
+    whole = cat_bench("show", "1")
+    rows = one_run / "records.jsonl"
+    rows.write_bytes(rows.read_bytes() + b'{"case": "ab')
+    torn = cat_bench("show", "1")
+    assert torn.code == 0 and torn.out == whole.out
+    assert "cut short and is left out" in torn.err
+
+
+def test_a_resume_on_another_gpu_is_refused_and_changes_nothing(cat_bench: Cli, one_run: Path):
+    path = one_run / "environment.json"
+    environment = json.loads(path.read_text()) | {"gpu_name": "Another GPU"}
+    path.write_text(json.dumps(environment))
+    before = {p.name: p.read_bytes() for p in one_run.iterdir()}
+    refused(cat_bench("run", "--resume", "first"), "cannot be continued here: GPU was Another GPU")
+    assert before == {p.name: p.read_bytes() for p in one_run.iterdir()}
+
+
+def test_a_resume_takes_no_new_plan(cat_bench: Cli, one_run: Path):
+    answer = cat_bench("run", "efficiency", "-a", "dense", "--resume", "first")
+    refused(answer, "--resume continues a run as it was planned")
+
+
+def test_retry_of_an_unknown_status_is_refused(cat_bench: Cli, one_run: Path):
+    refused(cat_bench("run", "--resume", "first", "--retry", "ok"), "cannot retry", "oom")
+
+
+def test_a_report_cannot_be_written_into_a_missing_folder(cat_bench: Cli, one_run: Path):
+    answer = cat_bench("report", "1", "-o", one_run / "none" / "report.md")
+    refused(answer, "cannot write", "No such file or directory")
+
+
+# --- good input ----------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(cat_bench: Cli, results_folder: Path):
+    arguments = ("run", "efficiency", "-a", "dense", "-a", "cat-8", "--device", "cpu", "--dry-run")
+    answer = cat_bench(
+        *arguments, "--batch-size", "64,512", "--seq-len", "1024", "--dtype=bfloat16"
+    )
+    assert answer.code == 0 and not results_folder.exists()
+    assert "plan: 4 cases, 2 architectures, bfloat16, cpu, eager, seed 0" in answer.out
+    dense = next(line for line in answer.out.splitlines() if "Dense" in line and "512" in line)
+    assert "24.00 GiB" in dense  # 2 x 12 layers x 512 x 1024 tokens x 1024 x 2 bytes
+    plan = json.loads(cat_bench(*arguments, "--json").out)
+    assert {row["label"] for row in plan} == {"Dense", "CAT-8"}
+
+
+def test_match_changes_the_width_of_the_others(cat_bench: Cli):
+    answer = cat_bench(
+        *("run", "efficiency", "-a", "dense", "-a", "cat-8", "--batch-size", "1", "--dry-run"),
+        *("--device", "cpu", "--match", "params", "--json"),
+    )
+    params = {row["arch"].split(":")[0]: row["num_params"] for row in json.loads(answer.out)}
+    assert params["dense"] == 257_451_008
+    assert params["cat"] == pytest.approx(params["dense"], rel=0.15)
+
+
+def test_show_prints_the_table_or_one_case(cat_bench: Cli, one_run: Path):
+    table = cat_bench("show", "first")
+    assert table.code == 0 and "latency s" in table.out and "CPU: " in table.out
+    document = json.loads(cat_bench("show", "first", "--json").out)
+    assert document["rows"][0]["latency_s"] > 0
+    key = next(iter(store.Run.open(one_run).closed()))
+    text = cat_bench("show", "1", "--case", key[:6])
+    assert f"case {key}" in text.out and "samples: " in text.out
+    case = json.loads(cat_bench("show", "1", "--case", key, "--json").out)
+    assert case["case"]["suite"] == "efficiency"
+    assert {"case", "latency_s"} <= {row["metric"] for row in case["records"]}
+    refused(cat_bench("show", "1", "--case", "xyz"), "'xyz' is no case")
+
+
+@pytest.mark.parametrize(
+    ("form", "mark"),
+    [("csv", "latency_s"), ("markdown", "|"), ("latex", "\\toprule"), ("html", "<html")],
+)
+def test_report_writes_every_format(cat_bench: Cli, one_run: Path, form: str, mark: str):
+    printed = cat_bench("report", "1", "--format", form)
+    assert printed.code == 0 and mark in printed.out
+    path = one_run.parent / "report.txt"
+    written = cat_bench("report", "1", "--format", form, "--published", "-o", path)
+    assert written.out == "" and str(path) in written.err and mark in path.read_text()
+
+
+def test_compare_exits_with_4_where_a_case_got_slower(cat_bench: Cli, one_run: Path):
+    slower = one_run.parent / "0002-second"
+    shutil.copytree(one_run, slower)
+    for path, factor in ((one_run, 1.0), (slower, 2.0)):
+        rows = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["metric"] == "latency_s":  # ten repeats can tell a factor of 2 apart
+                row["samples"] = [factor * (1 + 0.001 * i) for i in range(10)]
+                row["value"] = row["samples"][5]
+        (path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cat_bench("compare", "1", "1").code == 0
+    worse = cat_bench("compare", "first", "second")
+    assert worse.code == 4 and "slower" in worse.out and "+" in worse.out
+    assert cat_bench("compare", "second", "first").code == 0
+
+
+def test_a_faulty_case_is_a_row_and_exit_code_3(cat_bench: Cli, tmp_path: Path, one_run: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY)
+    answer = cat_bench("run", *TINY_RUN[:1], "-a", mine, *TINY_RUN[3:], "--name", "faulty")
+    assert answer.code == 3
+    assert "planted fault" in answer.out and "1 case failed" in answer.err
+    run = store.find(one_run.parent, "faulty")
+    assert list(run.closed().values()) == ["failed"]
+    mine.write_text(FAULTY.replace("raise RuntimeError", "return super().step(token, state)  #"))
+    again = cat_bench("run", "--resume", "faulty")
+    assert again.code == 0 and list(run.closed().values()) == ["failed"]  # closed: not run again
+    retried = cat_bench("run", "--resume", "faulty", "--retry", "failed")
+    assert retried.code == 0 and list(run.closed().values()) == ["ok"]
+
+
+@pytest.mark.slow
+def test_an_interruption_keeps_what_is_closed_and_resume_does_the_rest(
+    cat_bench: Cli, results_folder: Path
+):
+    command = [sys.executable, "-m", "cat_bench", "run", "efficiency", "-a", "dense", "--quick"]
+    grid = ["--batch-size", "1,2,3", "--seq-len", "16", "--name", "stopped"]
+    process = subprocess.Popen([*command, *grid], stderr=subprocess.PIPE, text=True)
+    rows = results_folder / "0001-stopped" / "records.jsonl"
+    deadline_s = time.monotonic() + 240
+    while not rows.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Continue: cat-bench run --resume 0001-stopped" in err
+    kept = rows.read_bytes()
+    run = store.find(results_folder, "stopped")
+    assert 1 <= len(run.closed()) < 3
+    assert cat_bench("run", "--resume", "stopped").code == 0
+    assert set(run.closed().values()) == {"ok"} and len(run.closed()) == 3
+    assert rows.read_bytes().startswith(kept)
+
+
+def test_doctor_names_every_check_and_its_repair(cat_bench: Cli):
+    answer = cat_bench("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(answer.out)}
+    assert {"python", "torch", "cuda", "disk", "architecture cat"} <= set(checks)
+    assert all(check["fix"] for check in checks.values() if check["status"] == "fail")
+    expected = 3 if any(check["status"] == "fail" for check in checks.values()) else 0
+    assert answer.code == expected
+
+
+# --- start ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["list", "--json"]])
+def test_help_and_list_load_nothing_heavy(arguments: list[str], one_run: Path):
+    code = (
+        "import atexit, sys; from cat_bench.cli import main;"
+        "atexit.register(lambda: print({'torch', 'pandas', 'scipy', 'matplotlib', 'rich'}"
+        " & set(sys.modules), file=sys.stderr)); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "set()"
+    assert done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
+def test_help_and_list_take_less_than_0_3_s(arguments: list[str]):
+    """Processor time, and one quick start of ten is enough: other work must not fail it."""
+    command = [sys.executable, "-m", "cat_bench", *arguments]
+    assert any(_processor_s(command) < 0.3 for _ in range(10))
+
+
+def _processor_s(command: list[str]) -> float:
+    before = os.times()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    used = after.children_user + after.children_system
+    return used - before.children_user - before.children_system
+
+
+def test_an_internal_error_is_one_line_and_code_1():
+    code = "import sys; from cat_bench import cli, spec;spec.suites = lambda: 1 / 0; cli.main()"
+    command = [sys.executable, "-c", code, "list", "suites"]
+    plain = subprocess.run(command, capture_output=True, text=True)
+    assert plain.returncode == 1 and "Traceback" not in plain.stderr
+    assert (
+        plain.stderr.startswith("internal error: ZeroDivisionError") and "--debug" in plain.stderr
+    )
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True)
+    assert debug.returncode == 1 and "Traceback" in debug.stderr

@@ -1,0 +1,306 @@
+"""Tables from rows that are written down here, in every format, to the letter."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cat_bench import report, store
+from cat_bench.case import Case, Record
+from cat_bench.errors import UserError
+from cat_bench.paper._published import Point
+
+GPU = {
+    "gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0+cu130", "cuda": "13.0",
+    "command": "cat-bench run efficiency <b>", "cpu_name": "A CPU", "cpu_cores": 2,
+}  # fmt: skip
+LABELS = {"dense": "Dense", "cat": "CAT-8", "cat:chunk_size=16": "CAT-16"}
+
+
+def case(arch: str = "dense", batch_size: int = 256, **fields) -> Case:
+    return Case(
+        "efficiency", arch, batch_size, 8, 1024, "bfloat16", "cuda",
+        **{"decode_path": "cuda_graph", **fields},
+    )  # fmt: skip
+
+
+def timed(key: str, seconds: float, gib: float, spread: float = 0.0, n: int = 5) -> list[Record]:
+    samples = [seconds * (1 + spread * (i - n // 2)) for i in range(n)]
+    return [
+        Record(key, "latency_s", seconds, "s", samples),
+        Record(key, "tokens_per_s", 260_096 / seconds, "tokens/s"),
+        Record(key, "peak_allocated_bytes", gib * report.GIB, "bytes"),
+        Record(key, "state_bytes", gib / 2 * report.GIB, "bytes"),
+        Record(key, "floor_s", seconds / 2, "s"),
+        Record(key, "case", 60.0, "s"),
+    ]
+
+
+def closed(key: str, status: str, error: str | None = None) -> list[Record]:
+    return [Record(key, "case", 1.0, "s", status=status, error=error)]
+
+
+def make_run(
+    folder: Path, name: str = "fig", environment: dict | None = None, rows: list | None = None
+) -> store.Run:
+    """A run of Dense, CAT-8 (twice as fast) and CAT-16 (out of memory), unless `rows` are given."""
+    if rows is None:
+        rows = [
+            (case("dense"), lambda key: timed(key, 4.0, 12.0)),
+            (case("cat"), lambda key: timed(key, 2.0, 3.0)),
+            (case("cat:chunk_size=16"), lambda key: closed(key, "oom", "out of memory")),
+        ]
+    cases = [planned for planned, _ in rows]
+    resolved = {c.key: {"label": LABELS[c.arch.split(",")[0]], "config": {}} for c in cases}
+    run = store.Run.create(
+        folder, name, GPU if environment is None else environment, cases, resolved
+    )
+    for planned, records in rows:
+        if records:
+            run.append(records(planned.key))
+    return run
+
+
+def normal(text: str) -> list[str]:
+    """Lines with runs of blanks as one, so that a golden table does not depend on padding."""
+    return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+
+
+def test_show_prints_units_intervals_ratios_and_oom(tmp_path) -> None:
+    lines = normal(report.terminal(report.run_table(make_run(tmp_path))))
+    assert lines[:6] == [
+        "0001-fig",
+        "NVIDIA H200, driver 580.1, torch 2.11.0, CUDA 13.0 · bfloat16 · cuda_graph · "
+        "prompt 8 tokens",
+        "architecture batch length latency s [95 % CI] tok/s peak GiB state GiB vs Dense "
+        "% of floor n",
+        "Dense 256 1024 4.00 [4.00, 4.00] 65,024 12.0 6.00 1.00x 50 % 5",
+        "CAT-8 256 1024 2.00 [2.00, 2.00] 130,048 3.00 1.50 2.00x faster [2.00, 2.00] 50 % 5",
+        "CAT-16 256 1024 oom - - - - - -",
+    ]
+    assert lines[6].startswith("latency = median time of a whole generation")
+    assert len(lines) == 9
+
+
+def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
+    rows = [
+        (case("dense"), lambda key: closed(key, "failed", "Traceback\nValueError: no")),
+        (case("cat"), None),
+    ]
+    run = make_run(tmp_path, rows=rows)
+    made = report.run_table(run)
+    key = next(iter(run.cases()))
+    assert f"failed: Dense, batch 256, length 1024: ValueError: no (case {key})" in made.notes
+    assert made.notes[-1] == "1 of 2 cases have not run: continue with --resume."
+    assert "failed" in made.text.iloc[0].to_list()
+
+
+def test_no_closed_case_is_no_error(tmp_path) -> None:
+    made = report.run_table(make_run(tmp_path, rows=[(case("dense"), None)]))
+    assert "No case is closed yet." in report.terminal(made)
+    assert json.loads(report.as_json(made))["rows"] == []
+
+
+def test_fewer_than_three_samples_have_no_interval(tmp_path) -> None:
+    rows = [
+        (case("dense"), lambda key: timed(key, 4.0, 12.0, n=2)),
+        (case("cat"), lambda key: timed(key, 2.0, 3.0, n=2)),
+    ]
+    text = report.run_table(make_run(tmp_path, rows=rows)).text
+    assert list(text["latency s [95 % CI]"]) == ["4.00", "2.00"]
+    assert text["vs Dense"][1] == "2.00x faster"
+
+
+def test_dense_of_another_setting_is_no_reference(tmp_path) -> None:
+    rows = [
+        (case("dense", 1), lambda key: timed(key, 4.0, 12.0)),
+        (case("cat", 256), lambda key: timed(key, 2.0, 3.0)),
+    ]
+    rows = report.measured(report.frame([make_run(tmp_path, rows=rows)]))
+    assert rows.set_index("label")["speedup"].isna()["CAT-8"]
+
+
+def test_reference_cases_stay_out_of_the_table_and_show_drift(tmp_path) -> None:
+    first, last = (case("dense", 16, settings=(("reference", str(i)),)) for i in (0, 1))
+    rows = [
+        (first, lambda key: timed(key, 1.0, 1.0)),
+        (case("cat"), lambda key: timed(key, 2.0, 3.0)),
+        (last, lambda key: timed(key, 1.1, 1.0)),
+    ]
+    made = report.run_table(make_run(tmp_path, rows=rows))
+    assert list(made.text["architecture"]) == ["CAT-8"]
+    assert made.notes[-1] == (
+        "warning: reference case of 0001-fig: 1.00 s first, 1.10 s last, drift +10.0 %."
+    )
+
+
+def test_drifting_repeats_and_disagreeing_clocks_are_flagged(tmp_path) -> None:
+    def drifting(key: str) -> list[Record]:
+        host = Record(key, "host_latency_s", 4.4, "s")
+        return [host, *timed(key, 4.0, 12.0, spread=0.05)]
+
+    notes = report.run_table(make_run(tmp_path, rows=[(case("dense"), drifting)])).notes
+    assert any("repeats drift by" in note for note in notes)
+    assert any("host clock differs from CUDA events by +10.0 %" in note for note in notes)
+
+
+def test_json_and_csv_hold_si_units(tmp_path) -> None:
+    made = report.run_table(make_run(tmp_path))
+    rows = json.loads(report.as_json(made))["rows"]
+    assert rows[1]["latency_s"] == 2.0 and rows[1]["peak_bytes"] == 3 * 2**30
+    assert rows[2]["latency_s"] is None and rows[2]["status"] == "oom"
+    header, _, second, _ = report.as_csv(made).splitlines()
+    assert dict(zip(header.split(","), second.split(","), strict=True))["speedup"] == "2.0"
+
+
+def test_markdown_golden(tmp_path) -> None:
+    columns = (report.EFFICIENCY_COLUMNS[0], *report.EFFICIENCY_COLUMNS[3:6])
+    made = report.table(report.measured(report.frame([make_run(tmp_path)])), columns)
+    lines = normal(report.as_markdown(made))
+    assert re.sub("-+", "-", lines.pop(1)) == "|:-|-:|-:|-:|"
+    assert lines == [
+        "| architecture | latency s [95 % CI] | tok/s | peak GiB |",
+        "| Dense | 4.00 [4.00, 4.00] | 65,024 | 12.0 |",
+        "| CAT-8 | **2.00 [2.00, 2.00]** | **130,048** | **3.00** |",
+        "| CAT-16 | oom | - | - |",
+    ]
+
+
+def test_latex_golden(tmp_path) -> None:
+    columns = (report.EFFICIENCY_COLUMNS[0], *report.EFFICIENCY_COLUMNS[3:6])
+    made = report.table(report.measured(report.frame([make_run(tmp_path)])), columns)
+    assert report.as_latex(made).strip().splitlines() == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"architecture & latency s [95 \% CI] & tok/s & peak GiB \\",
+        r"\midrule",
+        r"Dense & 4.00 [4.00, 4.00] & 65,024 & 12.0 \\",
+        r"CAT-8 & \textbf{2.00 [2.00, 2.00]} & \textbf{130,048} & \textbf{3.00} \\",
+        r"CAT-16 & oom & - & - \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_html_is_one_escaped_file_without_network(tmp_path) -> None:
+    page = report.report_text([make_run(tmp_path)], "html")
+    assert page.startswith("<!doctype html>") and page.count("<table>") == 1
+    assert "cat-bench run efficiency &lt;b&gt;" in page and "<b>2.00 [2.00, 2.00]</b>" in page
+    assert not re.search(r"(src|href)=\"(?!#)", page) and "http" not in page
+    section = report.Section("x", svgs=("<?xml version='1.0'?>\n<svg>drawn</svg>",))
+    assert "<svg>drawn</svg>" in report.html_page("x", [section])
+    assert "<?xml" not in report.html_page("x", [section])
+
+
+def test_report_joins_runs_and_adds_the_papers_ratios(tmp_path) -> None:
+    x = {"batch_size": 256, "seq_len": 1024}
+    points = [
+        Point("fig2", row, "latency_s", value, "s", "digitised", x)
+        for row, value in (("Dense", 6.0), ("CAT-8", 5.0))
+    ]
+    points.append(Point("fig2", "CAT-8", "speedup", 9.0, "x", "claim", x))
+    dense, cat = (
+        make_run(tmp_path, name, rows=[(case(arch), lambda key, s=s: timed(key, s, 1.0))])
+        for name, arch, s in (("a", "dense", 4.0), ("b", "cat", 2.0))
+    )
+    text = report.report_text([dense, cat], "markdown", points)
+    assert "2.00x faster" in text  # Dense of the other run on the same device
+    assert re.search(r"CAT-8 .*\| +1.20x \|", text)
+    with pytest.raises(UserError, match="unknown format 'xml'"):
+        report.report_text([dense], "xml")
+
+
+def test_case_text_shows_samples_and_environment(tmp_path) -> None:
+    run = make_run(tmp_path)
+    key = case("cat").key
+    text = report.case_text(run, key[:6])
+    assert "latency_s: 2 s  ok\n  samples: 2, 2, 2, 2, 2" in text
+    assert '  arch: "cat"' in text and '  gpu_name: "NVIDIA H200"' in text
+    with pytest.raises(UserError, match="'zzz' is no case of 0001-fig, which has 3 cases"):
+        report.case_text(run, "zzz")
+
+
+def compared(tmp_path: Path, seconds: float, n: int = 10, **options) -> report.Table:
+    runs = [
+        make_run(tmp_path, "a", rows=[(case("dense"), lambda key: timed(key, 4.0, 1.0, 0.001, n))]),
+        make_run(
+            tmp_path, "b", rows=[(case("dense"), lambda key: timed(key, seconds, 1.0, 0.001, n))]
+        ),
+    ]
+    return report.compare_table(*runs, **options)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mark", "num_worse"), [(5.0, "+", 1), (3.0, "-", 0), (4.04, "~", 0)]
+)
+def test_compare_marks(tmp_path, seconds: float, mark: str, num_worse: int) -> None:
+    made = compared(tmp_path, seconds)
+    assert (made.text["mark"][0], made.num_worse) == (mark, num_worse)
+    assert made.notes[0] == f"{num_worse} of 1 comparable cases got worse."
+
+
+def test_compare_golden_line(tmp_path) -> None:
+    lines = normal(report.terminal(compared(tmp_path, 5.0)))
+    assert "Dense 256 1024 4.00 s -> 5.00 s 1.25x slower [1.25, 1.26] +" in lines
+
+
+def test_three_repeats_give_no_verdict(tmp_path) -> None:
+    made = compared(tmp_path, 5.0, n=3)
+    assert made.text["mark"][0] == "~" and made.num_worse == 0
+    assert made.text["remark"][0] == "3 repeats cannot separate these"
+
+
+def test_newly_failing_and_missing_cases(tmp_path) -> None:
+    a = make_run(tmp_path, "a")
+    rows = [
+        (case("dense"), lambda key: closed(key, "oom")),
+        (case("cat", 1), lambda key: timed(key, 1.0, 1.0)),
+    ]
+    made = report.compare_table(a, make_run(tmp_path, "b", rows=rows))
+    marks = dict(zip(zip(made.text["architecture"], made.text["batch"], strict=True),
+                     made.text["mark"], strict=True))  # fmt: skip
+    assert marks == {
+        ("Dense", "256"): "!", ("CAT-8", "256"): "x", ("CAT-16", "256"): "x", ("CAT-8", "1"): "x",
+    }  # fmt: skip
+    assert made.num_worse == 1
+
+
+def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
+    a = make_run(tmp_path, "a")
+    slower = [
+        (case("dense"), lambda key: timed(key, 8.0, 1.0)),
+        (case("cat"), lambda key: timed(key, 8.0, 1.0)),
+    ]
+    b = make_run(tmp_path, "b", {**GPU, "gpu_name": "NVIDIA A100"}, slower)
+    with pytest.raises(UserError, match="different machines.*\n.*--across-machines"):
+        report.compare_table(a, b)
+    made = report.compare_table(a, b, across_machines=True)
+    by_label = made.text.set_index("architecture")
+    assert by_label.loc["Dense", "mark"] == "~"
+    assert by_label.loc["CAT-8", "mark"] == "+"
+    assert by_label.loc["CAT-8", "change"] == "2.00x -> 1.00x Dense"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.0123"), (1.005, "1.00"), (12345.6, "12,346"), (0, "0.00"), (float("nan"), "-")],
+)
+def test_digits(value: float, text: str) -> None:
+    assert report.digits(value) == text
+
+
+def test_best_needs_a_rival() -> None:
+    rows = pd.DataFrame({"label": ["a", "b", "c"], "n": [1.0, 2.0, 5.0], "g": [1, 1, 2]})
+    made = report.table(rows, [report.Column("n", ("n",), report.whole, max)], by=["g"])
+    assert list(made.best["n"]) == [False, True, False]
+
+
+def test_no_torch() -> None:
+    code = "import sys, cat_bench.report, cat_bench.figures, cat_bench.paper._build;"
+    code += "sys.exit('torch' in sys.modules)"
+    root = Path(report.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
