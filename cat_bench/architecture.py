@@ -92,7 +92,7 @@ def step_flops(model: Architecture, batch_size: int, num_tokens: int) -> float:
 
 
 def generation_flops(model: Architecture, batch_size: int, seq_len: int) -> float:
-    """FLOPs of reading `seq_len` tokens one by one, as of one forward pass; training takes 3 times."""
+    """FLOPs of reading `seq_len` tokens, as of one forward pass; training takes 3 times that."""
     return sum(step_flops(model, batch_size, n) for n in range(1, seq_len + 1))
 
 

@@ -17,7 +17,7 @@ class Case:
     """One thing to measure, in one fresh process. Equal cases have equal keys, in every run."""
 
     suite: str  # "efficiency"
-    arch: str  # canonical spec text: file name, then the overrides that differ from defaults, sorted
+    arch: str  # canonical spec text: file name, then overrides unlike the defaults, sorted
     batch_size: int
     prompt_len: int  # tokens
     seq_len: int  # tokens: prompt_len + new tokens

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from cat_bench.runner import Progress, Summary
 
 EXIT_USAGE, EXIT_FAILED_CASES, EXIT_REGRESSION, EXIT_INTERRUPTED = 2, 3, 4, 130
-SCALES = ("smoke", "h100", "paper")
 
 app = typer.Typer(
     help="Measures the Compress-and-Attend Transformer (CAT) beside its competitors.",
@@ -163,9 +162,12 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Measure, each case in a fresh process, into one run folder."""
+    if retry and not resume:
+        raise UserError("--retry needs --resume RUN.", "Add the run whose cases to measure again.")
     if resume:
+        retried = _retried(retry)
         target = _resumed(results, resume, suite, arch)
-        cases, retried = list(target.cases().values()), frozenset(filter(None, retry.split(",")))
+        cases = list(target.cases().values())
     else:
         options = Options(
             batch_sizes=_counts("--batch-size", batch_size),
@@ -190,8 +192,9 @@ def run(
             _print_plan(cases, resolved, environment, as_json)
             return
         run_name = name or (f"quick-{suite}" if quick else str(suite))
-        target, retried = store.Run.create(results, run_name, environment, cases, resolved), None
-    summary = _measure(target, cases, retried or frozenset(), timeout)
+        target = store.Run.create(results, run_name, environment, cases, resolved)
+        retried = frozenset()
+    summary = _measure(target, cases, retried, timeout)
     _print_run(target, as_json)
     _exit_after(target, summary)
 
@@ -302,7 +305,6 @@ def paper(
     """
     from cat_bench.paper import _build
 
-    _check_scale(scale)
     if exhibit is None:
         _print_statuses(_build.statuses(results, scale), as_json)
         return
@@ -533,6 +535,16 @@ def _check_machine(cases: list[Case]) -> None:
             )
 
 
+def _retried(text: str) -> frozenset[str]:
+    """{"oom", "failed"} of "oom,failed". Raises UserError for anything but a status to retry."""
+    from cat_bench.runner import RETRIABLE
+
+    asked = frozenset(filter(None, text.split(",")))
+    if not asked <= RETRIABLE:
+        raise UserError(f"--retry '{text}' is unknown.", f"Any of: {','.join(sorted(RETRIABLE))}.")
+    return asked
+
+
 def _resumed(results: Path, name: str, suite: str | None, arch: list[str] | None) -> store.Run:
     """The run to continue, if this machine may. Nothing is changed before that is clear."""
     from cat_bench import runner
@@ -648,11 +660,6 @@ def _write(path: Path, text: str) -> None:
 # --- paper ---------------------------------------------------------------------------------------
 
 
-def _check_scale(scale: str) -> None:
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'.", f"It is one of: {', '.join(SCALES)}.")
-
-
 def _exhibit_names(asked: str) -> list[str]:
     names = [name for name, _ in spec.exhibits()]
     if asked != "all" and asked not in names:
@@ -687,10 +694,10 @@ def _print_statuses(statuses: list[Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([asdict(status) for status in statuses], indent=1))
         return
-    widths = [max(len(getattr(s, part)) for s in statuses) for part in ("name", "status")]
+    widths = [max(len(getattr(s, part)) for s in statuses) for part in ("name", "title")]
     for status in statuses:
-        line = f"{status.name:{widths[0]}}  {status.status:{widths[1]}}  {status.title}"
-        typer.echo(f"{line}  ({status.detail})" if status.detail else line)
+        line = f"{status.name:{widths[0]}}  {status.title:{widths[1]}}  {status.status}"
+        typer.echo(f"{line}; {status.detail}" if status.detail else line)
 
 
 def _print_files(files: list[Path], report_html: Path | None) -> None:

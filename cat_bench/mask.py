@@ -20,7 +20,7 @@ import numpy as np
 
 
 def sees(query_row, key_row, chunk_size: int):
-    """allow(q, k) of the compact layout: the slots up to q and the rows of q's own chunk up to q."""
+    """allow(q, k) of the compact layout: slots up to q, and the rows of its own chunk up to q."""
     is_slot = key_row % chunk_size == 0
     same_chunk = query_row // chunk_size == key_row // chunk_size
     return (key_row <= query_row) & (is_slot | same_chunk)

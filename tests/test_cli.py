@@ -150,6 +150,7 @@ def test_a_missing_package_is_refused(cat_bench: Cli, tmp_path: Path):
         (["run", "eficiency"], ["unknown suite 'eficiency'. Did you mean: efficiency?"]),
         (["run", "--resume", "none"], ["no run 'none'"]),
         (["show", "7"], ["no run '7'", "cat-bench run"]),
+        (["run", "efficiency", "-a", "dense", "--retry", "oom"], ["--retry needs --resume"]),
         (["list", "everything"], ["cannot list 'everything'", "architectures, suites"]),
         (["paper", "fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "--scale", "huge"], ["unknown scale 'huge'", "smoke, h100, paper"]),
@@ -209,7 +210,11 @@ def test_a_resume_takes_no_new_plan(cat_bench: Cli, one_run: Path):
 
 
 def test_retry_of_an_unknown_status_is_refused(cat_bench: Cli, one_run: Path):
-    refused(cat_bench("run", "--resume", "first", "--retry", "ok"), "cannot retry", "oom")
+    refused(
+        cat_bench("run", "--resume", "first", "--retry", "ok"),
+        "--retry 'ok' is unknown",
+        "failed,oom",
+    )
 
 
 def test_a_report_cannot_be_written_into_a_missing_folder(cat_bench: Cli, one_run: Path):
@@ -330,6 +335,42 @@ def test_doctor_names_every_check_and_its_repair(cat_bench: Cli):
     assert all(check["fix"] for check in checks.values() if check["status"] == "fail")
     expected = 3 if any(check["status"] == "fail" for check in checks.values()) else 0
     assert answer.code == expected
+
+
+def test_paper_lists_every_exhibit_with_an_honest_status(cat_bench: Cli):
+    statuses = json.loads(cat_bench("paper", "--json").out)
+    found = {status["name"]: status["status"] for status in statuses}
+    assert len(found) == 20  # Tables 1 to 13, Figures 2 to 8
+    assert found["fig2"] == "not run" and found["table1"].startswith("not built")
+    listed = cat_bench("paper")
+    assert listed.code == 0 and "fig2     Figure 2: " in listed.out
+
+
+def test_paper_renders_what_needs_no_run_and_says_where(cat_bench: Cli, results_folder: Path):
+    answer = cat_bench("paper", "fig4", "--scale", "smoke")
+    folder = results_folder / "paper" / "smoke"
+    assert answer.code == 0
+    assert str(folder) in answer.out and str(folder / "report.html") in answer.out
+    assert {"fig4.svg", "fig4.pdf", "report.html"} <= {path.name for path in folder.iterdir()}
+    assert not list(results_folder.glob("0*"))  # Figure 4 measures nothing
+
+
+def test_paper_measures_nothing_beyond_smoke_unless_asked(cat_bench: Cli, results_folder: Path):
+    answer = cat_bench("paper", "fig2", "--scale", "h100")
+    assert answer.code == 0 and "not run" in answer.out
+    assert not list(results_folder.glob("0*"))
+
+
+@pytest.mark.slow
+def test_paper_smoke_measures_what_is_missing_and_only_once(cat_bench: Cli, results_folder: Path):
+    first = cat_bench("paper", "table3", "--scale", "smoke")
+    assert first.code == 0, first.err
+    (run,) = [store.Run.open(path) for path in store.folders(results_folder)]
+    assert run.name == "0001-smoke" and set(run.closed().values()) == {"ok"}
+    table = (results_folder / "paper" / "smoke" / "table3.md").read_text()
+    assert "Dense" in table and "CAT-8" in table
+    again = cat_bench("paper", "table3", "--scale", "smoke")
+    assert again.code == 0 and "measuring" not in again.err
 
 
 # --- start ---------------------------------------------------------------------------------------
