@@ -6,6 +6,7 @@ that needs it, so that `--help` and `list` answer at once, without torch and pan
 """
 
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -309,7 +310,9 @@ def paper(
         _print_statuses(_build.statuses(results, scale), as_json)
         return
     sweeps: list[tuple[store.Run, Summary]] = []
-    measure = _measure_missing(results, scale, sweeps) if run_missing or scale == "smoke" else None
+    name = scale if exhibit == "all" else f"{exhibit}-{scale}"
+    wanted = run_missing or scale == "smoke"
+    measure = _measure_missing(results, name, sweeps) if wanted else None
     built = _build.build(_exhibit_names(exhibit), scale, results, measure)
     if as_json:
         typer.echo(json.dumps(_build_document(built), indent=1, default=str))
@@ -671,7 +674,7 @@ def _exhibit_names(asked: str) -> list[str]:
 
 
 def _measure_missing(
-    results: Path, scale: str, sweeps: "list[tuple[store.Run, Summary]]"
+    results: Path, name: str, sweeps: "list[tuple[store.Run, Summary]]"
 ) -> Callable[[list[Case]], None]:
     """What measures the cases that an exhibit lacks, all in one new run folder."""
 
@@ -681,8 +684,9 @@ def _measure_missing(
         _check_machine(cases)
         environment = _environment(cases[0].device)
         resolved = _resolve(cases, environment.get("gpu_name"))
-        target = store.Run.create(results, scale, environment, cases, resolved)
-        summary = _measure(target, cases, frozenset(), 3600.0)
+        target = store.Run.create(results, name, environment, cases, resolved)
+        order = random.Random(0).sample(cases, len(cases))  # a drift must not favour one side
+        summary = _measure(target, order, frozenset(), 3600.0)
         sweeps.append((target, summary))
         if summary.interrupted:
             _exit_after(target, summary)

@@ -27,6 +27,7 @@ from cat_bench import spec
 from cat_bench.store import digest as digest  # one definition of Record.environment
 
 PROJECT = Path(__file__).resolve().parents[1]
+COMMIT_VARIABLE = "CAT_BENCH_COMMIT"  # for a copy of the tree without its .git
 CODE_FOLDERS = ("cat_bench", "baselines", "recall_tasks")
 
 # What NVML's clocks event bits mean. Its "GPU idle" is left out: that slows no measurement down.
@@ -149,10 +150,10 @@ def _command_line(command: list[str]) -> str:
 
 
 def _code() -> dict[str, Any]:
-    commit, dirty = _installed_commit(), None
-    top = _git("rev-parse", "--show-toplevel")
-    if top and Path(top).resolve() == PROJECT:  # not another project's checkout around a venv
-        commit = _git("rev-parse", "HEAD")
+    commit, dirty = _installed_commit() or os.environ.get(COMMIT_VARIABLE), None
+    top, head = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
+    if head and top and Path(top).resolve() == PROJECT:  # not a checkout around our venv
+        commit = head
         # Only what can change a number: a run folder just written makes no checkout dirty.
         dirty = bool(_git("status", "--porcelain", "--", *CODE_FOLDERS, "pyproject.toml"))
     return {"commit": commit, "dirty": dirty, "source_hash": source_hash()}
