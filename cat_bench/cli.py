@@ -577,7 +577,10 @@ def _measure(
 
     _say(f"measuring {_plural(len(cases), 'case')} into {target.path}")
     with _progress() as progress:
-        return runner.execute(cases, target, retry=retry, timeout_s=timeout_s, progress=progress)
+        summary = runner.execute(cases, target, retry=retry, timeout_s=timeout_s, progress=progress)
+    if not summary.interrupted:
+        _say(f"kept: {target.path}")
+    return summary
 
 
 @contextmanager
@@ -620,7 +623,6 @@ def _exit_after(target: store.Run, summary: "Summary") -> None:
             f"Continue: cat-bench run --resume {target.name}"
         )
         raise typer.Exit(EXIT_INTERRUPTED)
-    _say(f"kept: {target.path}")
     num_bad = summary.failed + summary.unsupported
     if num_bad:
         _say(

@@ -130,7 +130,10 @@ def closed_rows(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def measured(records: pd.DataFrame) -> pd.DataFrame:
-    """`closed_rows` without drift references, plus intervals, floor share and ratios to Dense."""
+    """`closed_rows` without drift references, plus intervals, floor share and ratios to Dense.
+
+    Rows whose column "chosen" is False serve as references of their own run only, and are left out.
+    """
     rows = closed_rows(records)
     if rows.empty:
         return rows
@@ -140,8 +143,23 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
         rows = _with_intervals(rows)
         rows = _with_dense_ratios(rows)
     if {"floor_s", "latency_s"} <= set(rows):
-        rows["floor_share"] = rows["floor_s"] / rows["latency_s"]
-    return rows
+        rows["floor_share"] = rows["floor_s"] * _ceiling_share(rows) / rows["latency_s"]
+    return rows[rows["chosen"]].reset_index(drop=True) if "chosen" in rows else rows
+
+
+def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
+    """What a case's ceilings were of the best in its run, at most 1.
+
+    A ceiling measured while the device was still busy is too low and its floor too high. Times this
+    share, the floor is a bound at the run's best ceilings: never flattering, and exact where one
+    resource binds throughout.
+    """
+    share = pd.Series(1.0, index=rows.index)
+    for ceiling in ("read_bandwidth_bytes_per_s", "matmul_flops_per_s"):
+        if ceiling in rows:
+            best = rows.groupby(["run", "device"])[ceiling].transform("max")
+            share = share.combine(rows[ceiling] / best, min)
+    return share
 
 
 def _with_peak(rows: pd.DataFrame) -> pd.DataFrame:
@@ -174,6 +192,7 @@ def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
             interval = _ratio(tuple(_samples(dense)), tuple(_samples(row)))
         names = ["speedup", "speedup_low", "speedup_high"]
         rows.loc[index, names] = interval.median, interval.low, interval.high
+        rows.loc[index, "dense_run"] = dense["run"]
         for name, metric in MEMORY_RATIOS.items():
             if metric in rows:
                 rows.loc[index, name] = dense[metric] / row[metric]
@@ -191,14 +210,14 @@ def _ratio(a: tuple[float, ...], b: tuple[float, ...]) -> stats.Interval:
 
 
 def dense_of(rows: pd.DataFrame, row: pd.Series) -> pd.Series | None:
-    """The Dense row to compare `row` with: same setting, same decode path where there is one."""
+    """The Dense row to compare `row` with: same setting; same run, same path where there is one."""
     dense = rows[rows["label"].str.startswith("Dense") & ~rows["label"].str.startswith("Dense-2D")]
     for name in SAME_SETTING:
         dense = dense[dense[name] == row[name]]
-    if dense.empty:
-        return None
-    same_path = dense[dense["decode_path"] == row["decode_path"]]
-    return (dense if same_path.empty else same_path).iloc[0]
+    for name in ("run", "decode_path"):
+        same = dense[dense[name] == row[name]]
+        dense = dense if same.empty else same
+    return None if dense.empty else dense.iloc[0]
 
 
 def _samples(row: pd.Series) -> list[float]:
@@ -275,7 +294,7 @@ DEFINITIONS = (
     "decode time; n = repeats.",
     "peak = max allocated (CPU: resident set, interpreter included). state = by formula. "
     "vs Dense = median Dense latency / median latency, same setting, 95 % interval.",
-    "floor = least time by bytes and FLOPs at ceilings measured in the same run; "
+    "floor = least time by bytes and FLOPs at the best ceilings measured in the same run; "
     "% of floor = floor / latency.",
 )
 
@@ -302,7 +321,12 @@ def records_table(records: pd.DataFrame) -> Table:
     by = ["batch_size", "seq_len"]
     rows = rows.sort_values([*by, "run"], kind="stable") if efficiency else rows
     made = table(rows, columns, by)
-    notes = (*(DEFINITIONS if efficiency else ()), *failures(rows), *warnings(rows, records))
+    notes = (
+        *(DEFINITIONS if efficiency else ()),
+        *failures(rows),
+        *foreign_dense(rows),
+        *warnings(rows, records),
+    )
     return replace(
         made,
         heading=" · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)]),
@@ -333,6 +357,15 @@ def failures(rows: pd.DataFrame) -> tuple[str, ...]:
         f"{str(row.error or 'no message').strip().splitlines()[-1]} (case {row.case})"
         for row in bad.itertuples()
     )
+
+
+def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note where a ratio had to take Dense from another run of the same device model."""
+    if "dense_run" not in rows:
+        return ()
+    foreign = rows[rows["dense_run"].notna() & (rows["dense_run"] != rows["run"])]
+    pairs = sorted({f"{row.run} against {row.dense_run}" for row in foreign.itertuples()})
+    return tuple(f"warning: ratios to Dense across runs: {pair}." for pair in pairs)
 
 
 def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:

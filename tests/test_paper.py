@@ -21,11 +21,15 @@ def plan(name: str, scale: str = "h100") -> list[Case]:
     return importlib.import_module(f"cat_bench.paper.{name}").plan(scale)
 
 
-def measure(results: Path, cases: list[Case], status: str = "ok", **environment) -> store.Run:
+def measure(
+    results: Path, cases: list[Case], status: str = "ok", slower: float = 1.0, **environment
+) -> store.Run:
     """A run that closes `cases` with made-up times: CAT twice as fast as Dense."""
     run = store.Run.create(results, "made-up", {**GPU, **environment}, cases, {})
     for case in cases:
-        seconds = case.seq_len * case.batch_size / (2e5 if case.arch.startswith("cat") else 1e5)
+        seconds = (
+            slower * case.seq_len * case.batch_size / (2e5 if case.arch.startswith("cat") else 1e5)
+        )
         rows = [
             Record(case.key, "latency_s", seconds, "s", [seconds] * 5),
             Record(case.key, "peak_allocated_bytes", seconds * 2**30, "bytes"),
@@ -147,8 +151,22 @@ def test_one_exhibit_comes_from_one_device_and_the_newest_closing_wins(tmp_path)
     assert found.device == "NVIDIA H200" and found.others == ("NVIDIA A100",)
     assert set(found.records["device_name"]) == {"NVIDIA H200"}
     first = found.records[found.records["case"] == cases[0].key]
-    assert set(first["run"]) == {newest.name}
+    assert set(first[first["chosen"]]["run"]) == {newest.name}
     assert sorted(found.statuses.values()) == ["ok"] * 4 + ["oom"]
+
+
+def test_a_ratio_takes_dense_from_its_own_run(tmp_path) -> None:
+    """Also where a newer run measured Dense again: speeds of two runs make no ratio."""
+    cases = plan("fig5")
+    dense = next(case for case in cases if case.arch.startswith("dense"))
+    cat = next(c for c in cases if c.arch.startswith("cat") and c.batch_size == dense.batch_size)
+    first = measure(tmp_path, [dense, cat])
+    newer = measure(tmp_path, [dense], slower=10.0)
+    found = _build.find(_build.all_records(tmp_path)[0], cases)
+    names = _build.exhibit("fig5").ARCHITECTURES
+    rows = _curves.measured(found.records, names, cases, "h100").set_index("case")
+    assert dict(rows["run"]) == {dense.key: newer.name, cat.key: first.name}
+    assert rows.loc[cat.key, "speedup"] == pytest.approx(2.0)
 
 
 def test_build_measures_what_is_missing_once_and_writes_all_files(tmp_path) -> None:

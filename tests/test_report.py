@@ -86,6 +86,19 @@ def test_show_prints_units_intervals_ratios_and_oom(tmp_path) -> None:
     assert len(lines) == 9
 
 
+def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
+    """One case measured its bandwidth on a busy device: its floor must not flatter it."""
+
+    def rows(bandwidth: float):
+        extra = ("read_bandwidth_bytes_per_s", bandwidth, "bytes/s")
+        return lambda key: [Record(key, *extra), *timed(key, 2.0, 1.0)]
+
+    run = make_run(
+        tmp_path, rows=[(case(batch_size=64), rows(4e12)), (case(batch_size=128), rows(3e12))]
+    )
+    assert list(report.measured(report.frame([run]))["floor_share"]) == [0.5, 0.375]
+
+
 def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
     rows = [
         (case("dense"), lambda key: closed(key, "failed", "Traceback\nValueError: no")),

@@ -123,7 +123,11 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run]]:
 
 
 def find(records: pd.DataFrame, planned: list[Case]) -> Found:
-    """The newest closed rows of `planned`, all from the device that has most of them."""
+    """The newest closed rows of `planned`, all from the device that has most of them.
+
+    All other closed rows of that device come along with "chosen" False: a ratio to Dense is taken
+    inside one run, also where another run has the newer Dense.
+    """
     keys = {case.key for case in planned}
     closing = records[(records["metric"] == store.CLOSING) & records["case"].isin(keys)]
     newest = closing.sort_values("at", kind="stable").drop_duplicates(
@@ -136,7 +140,8 @@ def find(records: pd.DataFrame, planned: list[Case]) -> Found:
     device = max(counts, key=lambda name: (counts[name], latest[name]))
     chosen = newest[newest["device_name"] == device]
     pairs = pd.MultiIndex.from_frame(chosen[["run", "case"]])
-    rows = records[pd.MultiIndex.from_frame(records[["run", "case"]]).isin(pairs)]
+    rows = records[records["case"].isin(keys) & (records["device_name"] == device)]
+    rows = rows.assign(chosen=pd.MultiIndex.from_frame(rows[["run", "case"]]).isin(pairs))
     by_case = dict(zip(chosen["case"], chosen["status"], strict=True))
     others = tuple(sorted(name for name in counts if name != device))
     return Found(planned, rows, device, others, by_case)

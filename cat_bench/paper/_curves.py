@@ -84,6 +84,7 @@ def ratio_table(
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
     made = report.table(rows, COLUMNS, ["batch_size", "seq_len"])
     notes = [*report.DEFINITIONS, *crossing_notes(rows, axis), *report.failures(rows)]
+    notes += report.foreign_dense(rows)
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names)

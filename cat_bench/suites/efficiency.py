@@ -23,7 +23,7 @@ from cat_bench.spec import Spec
 
 if TYPE_CHECKING:
     from cat_bench.architecture import Architecture
-    from cat_bench.profiler import StepTime, Timing
+    from cat_bench.profiler import Ceilings, StepTime, Timing
 
 PROMPT_LEN = 8  # tokens; paper B.1
 REFERENCE = ("dense", 16, 1024)  # architecture, batch size, seq_len
@@ -150,12 +150,13 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
     import torch
 
     yield from _size_rows(case, model)
+    measured = _ceilings(case)
     try:
         generation = yield from _timed_rows(case, model)  # its buffers are free again afterwards
     except torch.OutOfMemoryError:
         yield from _memory_rows(case, model)
         raise
-    yield from _floor_rows(case, model, generation)
+    yield from _floor_rows(case, model, generation, measured)
 
 
 def _timed_rows(case: Case, model: "Architecture") -> Generator[Record, None, "Timing"]:
@@ -270,16 +271,22 @@ def _step_rows(case: Case, steps: "list[StepTime]", timing: "Timing") -> Iterato
         yield _row(case, "step_sum_difference", difference, "1")
 
 
-def _floor_rows(case: Case, model: Any, timing: "Timing") -> Iterator[Record]:
-    """The least that a generation can take on this device, from ceilings measured just now."""
+def _ceilings(case: Case) -> "Ceilings":
+    """Measured before the state exists: right after gigabytes were freed, reads are slower."""
     import torch
 
-    from cat_bench.predict import generation_floor_s
     from cat_bench.profiler import ceilings
 
+    measured = ceilings(case.device, case.dtype, repeats=3 if case.scale == "smoke" else 10)
     if case.device == "cuda":
         torch.cuda.empty_cache()
-    measured = ceilings(case.device, case.dtype, repeats=3 if case.scale == "smoke" else 10)
+    return measured
+
+
+def _floor_rows(case: Case, model: Any, timing: "Timing", measured: "Ceilings") -> Iterator[Record]:
+    """The least that a generation can take on this device, from ceilings of the same process."""
+    from cat_bench.predict import generation_floor_s
+
     shape = case.batch_size, case.prompt_len, case.seq_len
     floor_s = generation_floor_s(model, *shape, measured)
     ratio = floor_s / statistics.median(timing.latency_s)
