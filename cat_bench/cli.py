@@ -236,8 +236,9 @@ def compare(
     + worse, - better, ~ within noise, ! newly failing, x not comparable.
     """
     from cat_bench import report
+    from cat_bench.compare import compare_table
 
-    made = report.compare_table(_found(results, a), _found(results, b), across_machines)
+    made = compare_table(_found(results, a), _found(results, b), across_machines)
     typer.echo(report.as_json(made) if as_json else report.terminal(made))
     if made.num_worse:
         raise typer.Exit(EXIT_REGRESSION)
@@ -637,6 +638,9 @@ def _print_run(target: store.Run, as_json: bool) -> None:
 
     made = report.run_table(target)
     typer.echo(report.as_json(made) if as_json else report.terminal(made))
+    details = report.details_table(report.frame([target]))
+    if details is not None and not as_json:
+        typer.echo(f"\n{report.terminal(details)}")
 
 
 def _case_document(found: store.Run, key: str) -> dict[str, Any]:

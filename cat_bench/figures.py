@@ -2,9 +2,9 @@
 
 Every architecture keeps its colour (Okabe-Ito, safe for colour-blind readers) and its marker in all
 figures. Lines and filled markers are ours, with 95 % intervals; hollow markers are the paper's.
-Seconds and GiB of another GPU are never drawn over ours: there only ratios to Dense are
-(design.md 8). A case out of memory is an x at the upper edge. Whole figures come from
-`efficiency_figure` and `mask_figure`; `save` writes SVG, PDF and PNG.
+Seconds and GiB of another GPU are never drawn over ours: there only ratios to Dense
+are. A case out of memory is an x at the upper edge. Whole figures come from `efficiency_figure` and
+`mask_figure`; `save` writes SVG, PDF and PNG.
 """
 
 import textwrap

@@ -22,7 +22,7 @@ from cat_bench.profiler import Ceilings, weights_bytes
 from cat_bench.spec import Spec, parse
 
 GIB = 2**30
-HEADROOM = 1.10  # workspace: performance.md allows a tenth of weights + state
+HEADROOM = 1.10  # workspace: a tenth of weights + state
 
 # Read bandwidth (bytes/s) and bf16 matmul rate (FLOP/s) seen on these GPUs: nominal, not of this
 # very device. Measured ceilings (profiler.ceilings) replace them in the rows of a run.

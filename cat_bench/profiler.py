@@ -67,7 +67,7 @@ class Timing(NamedTuple):
 
 
 def num_warmups(one_s: float) -> int:
-    """Warm-ups for something that takes `one_s` seconds (design.md 8)."""
+    """Warm-ups for something that takes `one_s` seconds."""
     return 3 if one_s < 2 else 1
 
 

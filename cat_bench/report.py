@@ -3,7 +3,7 @@
 Everything here is a pure function of stored rows, so it works on any laptop. Rows hold SI units and
 stay so in JSON and CSV; GiB and % appear only in print. Ratios carry an interval of their own
 (stats.py), a case that did not end well shows its status instead of a number, and one machine line
-stands over every table (design.md 8).
+stands over every table.
 
 Where to look: `run_table` is `cat-bench show`, `case_text` is `show --case`, `compare_table` is
 `compare`, `report_text` is `report`. All of them make a `Table`, and the functions at the end
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from rich.console import Console
@@ -184,12 +185,12 @@ def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.copy()
     for index, row in rows.iterrows():
         dense = dense_of(rows, row)
-        if dense is None or not _samples(row) or not _samples(dense):
+        if dense is None or not latency_samples(row) or not latency_samples(dense):
             continue
         if dense.name == index:
-            interval = stats.Interval(1.0, 1.0, 1.0, len(_samples(row)))
+            interval = stats.Interval(1.0, 1.0, 1.0, len(latency_samples(row)))
         else:
-            interval = _ratio(tuple(_samples(dense)), tuple(_samples(row)))
+            interval = _ratio(tuple(latency_samples(dense)), tuple(latency_samples(row)))
         names = ["speedup", "speedup_low", "speedup_high"]
         rows.loc[index, names] = interval.median, interval.low, interval.high
         rows.loc[index, "dense_run"] = dense["run"]
@@ -220,7 +221,7 @@ def dense_of(rows: pd.DataFrame, row: pd.Series) -> pd.Series | None:
     return None if dense.empty else dense.iloc[0]
 
 
-def _samples(row: pd.Series) -> list[float]:
+def latency_samples(row: pd.Series) -> list[float]:
     """Latency samples; empty where a case has none (pandas then holds NaN)."""
     samples = row.get("latency_s.samples")
     return samples if isinstance(samples, list) else []
@@ -319,7 +320,7 @@ def records_table(records: pd.DataFrame) -> Table:
         rows["latency_s"] = math.nan
     columns = EFFICIENCY_COLUMNS if efficiency else OTHER_COLUMNS + _metric_columns(records)
     by = ["batch_size", "seq_len"]
-    rows = rows.sort_values([*by, "run"], kind="stable") if efficiency else rows
+    rows = _dense_first(rows) if efficiency else rows
     made = table(rows, columns, by)
     notes = (
         *(DEFINITIONS if efficiency else ()),
@@ -332,6 +333,80 @@ def records_table(records: pd.DataFrame) -> Table:
         heading=" · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)]),
         notes=notes,
     )
+
+
+def details_table(records: pd.DataFrame) -> Table | None:
+    """Per token and per case: what the efficiency table has no room for. None without steps.
+
+    Steps come from one instrumented generation; a boundary step of CAT closes a chunk (compress,
+    write the slot), all its others are inner steps.
+    """
+    rows = measured(records)
+    if rows.empty or "step_s.samples" not in rows:
+        return None
+    rows = _dense_first(rows)
+    steps = pd.DataFrame([_step_statistics(row) for _, row in rows.iterrows()], index=rows.index)
+    return replace(table(rows.join(steps), DETAIL_COLUMNS), notes=DETAIL_DEFINITIONS)
+
+
+def _step_statistics(row: pd.Series) -> dict[str, float]:
+    found = {}
+    for kind, percents in (("step", (50, 95, 99)), ("step_inner", (50,)), ("step_boundary", (50,))):
+        samples = row.get(f"{kind}_s.samples")
+        if isinstance(samples, list) and samples:
+            cuts = np.percentile(samples, percents)
+            found |= {f"{kind}_p{p}_s": cut for p, cut in zip(percents, cuts, strict=True)}
+    samples = row.get("step_s.samples")
+    if isinstance(samples, list) and samples:
+        tenth = max(1, len(samples) // 10)
+        found["step_first_s"], found["step_last_s"] = (
+            float(np.mean(part)) for part in (samples[:tenth], samples[-tenth:])
+        )
+    return found
+
+
+def milliseconds(seconds: float) -> str:
+    return digits(1000 * seconds)
+
+
+def millions(*counts: float) -> str:
+    """Total parameters (non-embedding ones), in 10^6."""
+    total, inner = (f"{count / 1e6:,.1f}" for count in counts)
+    return f"{total} ({inner})"
+
+
+PARAMETERS = Column("params M (non-emb.)", ("num_params", "num_params_non_embedding"), millions)
+DETAIL_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    PARAMETERS,
+    Column("TTFT ms", ("ttft_s",), milliseconds),
+    Column("step p50 ms", ("step_p50_s",), milliseconds),
+    Column("p95", ("step_p95_s",), milliseconds),
+    Column("p99", ("step_p99_s",), milliseconds),
+    Column("inner p50", ("step_inner_p50_s",), milliseconds),
+    Column("boundary p50", ("step_boundary_p50_s",), milliseconds),
+    Column("first 10 %", ("step_first_s",), milliseconds),
+    Column("last 10 %", ("step_last_s",), milliseconds),
+    Column("mJ/token", ("energy_per_token_j",), milliseconds),
+    Column("graph GiB", ("graph_pool_bytes",), gib),
+    Column("capture s", ("compile_s",), digits),
+)
+DETAIL_DEFINITIONS = (
+    "TTFT = prefill and first token. Steps: one instrumented generation, one event a step; inner, "
+    "boundary = CAT's steps inside a chunk and those that close one; first, last 10 % = mean of "
+    "those positions.",
+    "graph = private pools of captured graphs, which peak does not count. capture = state, kernels "
+    "and graphs, once, in no latency.",
+)
+
+
+def _dense_first(rows: pd.DataFrame) -> pd.DataFrame:
+    """By batch size and length; within them Dense, then the others by name, whatever ran first."""
+    rows = rows.assign(is_other=~rows["label"].str.startswith("Dense"))
+    rows = rows.sort_values(["batch_size", "seq_len", "is_other", "arch", "run"], kind="stable")
+    return rows.drop(columns="is_other").reset_index(drop=True)
 
 
 def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
@@ -373,7 +448,7 @@ def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
     found = []
     for _, row in rows.iterrows():
         name = f"{row['label']}, batch {row['batch_size']}, length {row['seq_len']}"
-        samples = _samples(row)
+        samples = latency_samples(row)
         if len(samples) >= 3 and abs(stats.drift(samples)) > stats.MARGIN:
             found.append(f"warning: {name}: repeats drift by {100 * stats.drift(samples):+.1f} %.")
         host, device = row.get("host_latency_s"), row.get("latency_s")
@@ -424,126 +499,6 @@ def case_text(run: store.Run, key: str) -> str:
 
 def _dict_lines(values: dict) -> list[str]:
     return [f"  {name}: {json.dumps(value, default=str)}" for name, value in values.items()]
-
-
-# Comparison of two runs
-
-
-def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = False) -> Table:
-    """`compare A B`: equal cases of both, latency of B over A with an interval, and a mark.
-
-    + worse, - better, ~ within noise, ! newly failing, x not comparable. Raises UserError where the
-    runs come from different GPUs, unless ratios to Dense are asked for.
-    """
-    rows_a, rows_b = (measured(frame([run])) for run in (run_a, run_b))
-    devices = [_device(rows) for rows in (rows_a, rows_b)]
-    if devices[0] != devices[1] and not across_machines:
-        raise UserError(
-            f"runs {run_a.name} ({devices[0]}) and {run_b.name} ({devices[1]}) come from different "
-            "machines; their seconds are not comparable.",
-            "Compare ratios with --across-machines.",
-        )
-    compare_case = _compare_ratios if across_machines else _compare_seconds
-    lines = [_compare(a, b, compare_case) for a, b in _pairs(rows_a, rows_b)]
-    rows = pd.DataFrame(lines)
-    num_worse = int(rows["mark"].isin(["+", "!"]).sum()) if lines else 0
-    heading = f"{run_a.name}: {devices[0]} · {run_b.name}: {devices[1]}"
-    return replace(
-        table(rows, COMPARE_COLUMNS) if lines else Table(rows, pd.DataFrame()),
-        heading=heading,
-        notes=(_verdict(rows, num_worse), *_compare_notes(rows, across_machines)),
-        num_worse=num_worse,
-    )
-
-
-COMPARE_COLUMNS = (
-    Column("architecture", ("label",), str),
-    Column("batch", ("batch_size",), whole),
-    Column("length", ("seq_len",), whole),
-    Column("change", ("change",), str),
-    Column("ratio [95 % CI]", ("factor", "factor_low", "factor_high"), faster),
-    Column("mark", ("mark",), str),
-    Column("remark", ("remark",), str),
-)
-
-
-def _device(rows: pd.DataFrame) -> str:
-    return (
-        ", ".join(dict.fromkeys(rows["device_name"].fillna("unknown"))) if len(rows) else "no case"
-    )
-
-
-def _pairs(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> list[tuple]:
-    """(row of A or None, row of B or None) for each case of either."""
-    by_key = [{row["case"]: row for _, row in rows.iterrows()} for rows in (rows_a, rows_b)]
-    keys = dict.fromkeys([*by_key[0], *by_key[1]])
-    return [(by_key[0].get(key), by_key[1].get(key)) for key in keys]
-
-
-def _compare(a: pd.Series | None, b: pd.Series | None, compare_case: Callable) -> dict[str, Any]:
-    row = a if b is None else b
-    line = {name: row[name] for name in ("label", "batch_size", "seq_len", "case")}
-    line |= {"change": "-", "factor": None, "factor_low": None, "factor_high": None, "remark": ""}
-    if a is None or b is None:
-        return line | {
-            "mark": "x",
-            "remark": f"only in {'the second' if a is None else 'the first'}",
-        }
-    if a["status"] == "ok" and b["status"] != "ok":
-        return line | {"mark": "!", "change": f"ok -> {b['status']}"}
-    if b["status"] != "ok" or a["status"] != "ok":
-        mark = "-" if b["status"] == "ok" else "x"
-        return line | {"mark": mark, "change": f"{a['status']} -> {b['status']}"}
-    if not _samples(a) or not _samples(b):
-        return line | {"mark": "x", "remark": "no latency"}
-    return line | compare_case(a, b)
-
-
-def _compare_seconds(a: pd.Series, b: pd.Series) -> dict[str, Any]:
-    found = stats.compare(_samples(a), _samples(b), words=("slower", "faster"))
-    return {
-        "change": f"{digits(a['latency_s'])} s -> {digits(b['latency_s'])} s",
-        **_factor(1 / found.ratio.median, 1 / found.ratio.high, 1 / found.ratio.low),
-        "mark": found.mark,
-        "remark": found.sentence if found.mark in "~x" else "",
-    }
-
-
-def _compare_ratios(a: pd.Series, b: pd.Series) -> dict[str, Any]:
-    """Across machines only speed-ups over Dense of the same machine can be set side by side."""
-    if pd.isna(a.get("speedup")) or pd.isna(b.get("speedup")):
-        return {"mark": "x", "remark": "no Dense row of the same setting"}
-    factor = b["speedup"] / a["speedup"]
-    # Ends against opposite ends: wider than a joint interval, so a verdict is never too bold.
-    low, high = b["speedup_low"] / a["speedup_high"], b["speedup_high"] / a["speedup_low"]
-    sure = (low > 1 or high < 1) and abs(factor - 1) > stats.MARGIN
-    return {
-        "change": f"{a['speedup']:.2f}x -> {b['speedup']:.2f}x Dense",
-        **_factor(factor, low, high),
-        "mark": ("-" if factor > 1 else "+") if sure else "~",
-    }
-
-
-def _factor(factor: float, low: float, high: float) -> dict[str, float]:
-    """Above 1, the second run is faster."""
-    return {"factor": factor, "factor_low": low, "factor_high": high}
-
-
-def _verdict(rows: pd.DataFrame, num_worse: int) -> str:
-    if rows.empty:
-        return "The two runs share no case."
-    num_both = int((rows["mark"] != "x").sum())
-    return f"{num_worse} of {num_both} comparable cases got worse."
-
-
-def _compare_notes(rows: pd.DataFrame, across_machines: bool) -> tuple[str, ...]:
-    marks = "+ worse, - better, ~ within noise, ! newly failing, x not comparable."
-    rule = (
-        f"A change counts beyond {percent(stats.MARGIN)} and where the samples tell the runs apart."
-    )
-    if across_machines:
-        rule = "Different machines: speed-ups over Dense are compared, never seconds. " + rule
-    return (marks, rule)
 
 
 # Reports over several runs, with the paper's values beside ours

@@ -1,6 +1,6 @@
 """What samples can and cannot say: median, interval, ratio, "can these tell them apart?", drift.
 
-Stored rows keep raw samples; every statistic of a report comes from here (design.md 8). All is
+Stored rows keep raw samples; every statistic of a report comes from here. All is
 deterministic: the bootstrap is seeded, so that a report rendered twice is the same report.
 
 Intervals are 95 % percentile bootstraps of the median. (BCa gives NaN when all samples are equal,

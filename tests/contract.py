@@ -1,4 +1,4 @@
-"""The contract that every architecture keeps (design.md 12), one function per promise.
+"""The contract that every architecture keeps, one function per promise.
 
 Each `check_*` takes a Subject (a Config and a Model class with tiny settings) and raises
 AssertionError where the promise is broken. Only the protocol of cat_bench/architecture.py is

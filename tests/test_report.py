@@ -11,6 +11,7 @@ import pytest
 
 from cat_bench import report, store
 from cat_bench.case import Case, Record
+from cat_bench.compare import compare_table
 from cat_bench.errors import UserError
 from cat_bench.paper._published import Point
 
@@ -97,6 +98,30 @@ def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
         tmp_path, rows=[(case(batch_size=64), rows(4e12)), (case(batch_size=128), rows(3e12))]
     )
     assert list(report.measured(report.frame([run]))["floor_share"]) == [0.5, 0.375]
+
+
+def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> None:
+    steps = [0.001] * 7 + [0.003]
+
+    def rows(key: str) -> list[Record]:
+        return [
+            Record(key, "num_params", 968_819_712, "1"),
+            Record(key, "num_params_non_embedding", 710_474_752, "1"),
+            Record(key, "ttft_s", 0.0104, "s"),
+            Record(key, "step_s", 0.001, "s", steps * 10),
+            Record(key, "step_inner_s", 0.001, "s", [0.001] * 70),
+            Record(key, "step_boundary_s", 0.003, "s", [0.003] * 10),
+            *timed(key, 2.0, 1.0),
+        ]
+
+    made = report.details_table(report.frame([make_run(tmp_path, rows=[(case("cat"), rows)])]))
+    assert made.text.iloc[0].to_dict() == {
+        "architecture": "CAT-8", "batch": "256", "length": "1024",
+        "params M (non-emb.)": "968.8 (710.5)", "TTFT ms": "10.4", "step p50 ms": "1.00",
+        "p95": "3.00", "p99": "3.00", "inner p50": "1.00", "boundary p50": "3.00",
+        "first 10 %": "1.25", "last 10 %": "1.25",
+    }  # fmt: skip
+    assert report.details_table(report.frame([make_run(tmp_path, "no-steps")])) is None
 
 
 def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
@@ -244,7 +269,7 @@ def compared(tmp_path: Path, seconds: float, n: int = 10, **options) -> report.T
             tmp_path, "b", rows=[(case("dense"), lambda key: timed(key, seconds, 1.0, 0.001, n))]
         ),
     ]
-    return report.compare_table(*runs, **options)
+    return compare_table(*runs, **options)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +298,7 @@ def test_newly_failing_and_missing_cases(tmp_path) -> None:
         (case("dense"), lambda key: closed(key, "oom")),
         (case("cat", 1), lambda key: timed(key, 1.0, 1.0)),
     ]
-    made = report.compare_table(a, make_run(tmp_path, "b", rows=rows))
+    made = compare_table(a, make_run(tmp_path, "b", rows=rows))
     marks = dict(zip(zip(made.text["architecture"], made.text["batch"], strict=True),
                      made.text["mark"], strict=True))  # fmt: skip
     assert marks == {
@@ -290,8 +315,8 @@ def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
     ]
     b = make_run(tmp_path, "b", {**GPU, "gpu_name": "NVIDIA A100"}, slower)
     with pytest.raises(UserError, match="different machines.*\n.*--across-machines"):
-        report.compare_table(a, b)
-    made = report.compare_table(a, b, across_machines=True)
+        compare_table(a, b)
+    made = compare_table(a, b, across_machines=True)
     by_label = made.text.set_index("architecture")
     assert by_label.loc["Dense", "mark"] == "~"
     assert by_label.loc["CAT-8", "mark"] == "+"

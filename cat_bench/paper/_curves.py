@@ -100,6 +100,7 @@ def _times(ratio: float) -> str:
 
 COLUMNS = (
     *report.EFFICIENCY_COLUMNS,
+    report.PARAMETERS,
     report.Column("peak vs Dense", ("memory_ratio",), _times),
     report.Column("state vs Dense", ("state_ratio",), _times),
 )

@@ -1,0 +1,145 @@
+"""`cat-bench compare A B`: what got faster or slower between two runs, and whether one can tell.
+
+Equal cases are paired by key; the ratio carries an interval, and a verdict needs samples that can
+separate the two (stats.py). No torch.
+
+Try it: cat-bench compare 1 2
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from cat_bench import stats, store
+from cat_bench.errors import UserError
+from cat_bench.report import (
+    Column,
+    Table,
+    digits,
+    faster,
+    frame,
+    latency_samples,
+    measured,
+    percent,
+    table,
+    whole,
+)
+
+
+def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = False) -> Table:
+    """`compare A B`: equal cases of both, latency of B over A with an interval, and a mark.
+
+    + worse, - better, ~ within noise, ! newly failing, x not comparable. Raises UserError where the
+    runs come from different GPUs, unless ratios to Dense are asked for.
+    """
+    rows_a, rows_b = (measured(frame([run])) for run in (run_a, run_b))
+    devices = [_device(rows) for rows in (rows_a, rows_b)]
+    if devices[0] != devices[1] and not across_machines:
+        raise UserError(
+            f"runs {run_a.name} ({devices[0]}) and {run_b.name} ({devices[1]}) come from different "
+            "machines; their seconds are not comparable.",
+            "Compare ratios with --across-machines.",
+        )
+    compare_case = _compare_ratios if across_machines else _compare_seconds
+    lines = [_compare(a, b, compare_case) for a, b in _pairs(rows_a, rows_b)]
+    rows = pd.DataFrame(lines)
+    num_worse = int(rows["mark"].isin(["+", "!"]).sum()) if lines else 0
+    heading = f"{run_a.name}: {devices[0]} · {run_b.name}: {devices[1]}"
+    return replace(
+        table(rows, COMPARE_COLUMNS) if lines else Table(rows, pd.DataFrame()),
+        heading=heading,
+        notes=(_verdict(rows, num_worse), *_compare_notes(rows, across_machines)),
+        num_worse=num_worse,
+    )
+
+
+COMPARE_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    Column("change", ("change",), str),
+    Column("ratio [95 % CI]", ("factor", "factor_low", "factor_high"), faster),
+    Column("mark", ("mark",), str),
+    Column("remark", ("remark",), str),
+)
+
+
+def _device(rows: pd.DataFrame) -> str:
+    return (
+        ", ".join(dict.fromkeys(rows["device_name"].fillna("unknown"))) if len(rows) else "no case"
+    )
+
+
+def _pairs(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> list[tuple]:
+    """(row of A or None, row of B or None) for each case of either."""
+    by_key = [{row["case"]: row for _, row in rows.iterrows()} for rows in (rows_a, rows_b)]
+    keys = dict.fromkeys([*by_key[0], *by_key[1]])
+    return [(by_key[0].get(key), by_key[1].get(key)) for key in keys]
+
+
+def _compare(a: pd.Series | None, b: pd.Series | None, compare_case: Callable) -> dict[str, Any]:
+    row = a if b is None else b
+    line = {name: row[name] for name in ("label", "batch_size", "seq_len", "case")}
+    line |= {"change": "-", "factor": None, "factor_low": None, "factor_high": None, "remark": ""}
+    if a is None or b is None:
+        return line | {
+            "mark": "x",
+            "remark": f"only in {'the second' if a is None else 'the first'}",
+        }
+    if a["status"] == "ok" and b["status"] != "ok":
+        return line | {"mark": "!", "change": f"ok -> {b['status']}"}
+    if b["status"] != "ok" or a["status"] != "ok":
+        mark = "-" if b["status"] == "ok" else "x"
+        return line | {"mark": mark, "change": f"{a['status']} -> {b['status']}"}
+    if not latency_samples(a) or not latency_samples(b):
+        return line | {"mark": "x", "remark": "no latency"}
+    return line | compare_case(a, b)
+
+
+def _compare_seconds(a: pd.Series, b: pd.Series) -> dict[str, Any]:
+    found = stats.compare(latency_samples(a), latency_samples(b), words=("slower", "faster"))
+    return {
+        "change": f"{digits(a['latency_s'])} s -> {digits(b['latency_s'])} s",
+        **_factor(1 / found.ratio.median, 1 / found.ratio.high, 1 / found.ratio.low),
+        "mark": found.mark,
+        "remark": found.sentence if found.mark in "~x" else "",
+    }
+
+
+def _compare_ratios(a: pd.Series, b: pd.Series) -> dict[str, Any]:
+    """Across machines only speed-ups over Dense of the same machine can be set side by side."""
+    if pd.isna(a.get("speedup")) or pd.isna(b.get("speedup")):
+        return {"mark": "x", "remark": "no Dense row of the same setting"}
+    factor = b["speedup"] / a["speedup"]
+    # Ends against opposite ends: wider than a joint interval, so a verdict is never too bold.
+    low, high = b["speedup_low"] / a["speedup_high"], b["speedup_high"] / a["speedup_low"]
+    sure = (low > 1 or high < 1) and abs(factor - 1) > stats.MARGIN
+    return {
+        "change": f"{a['speedup']:.2f}x -> {b['speedup']:.2f}x Dense",
+        **_factor(factor, low, high),
+        "mark": ("-" if factor > 1 else "+") if sure else "~",
+    }
+
+
+def _factor(factor: float, low: float, high: float) -> dict[str, float]:
+    """Above 1, the second run is faster."""
+    return {"factor": factor, "factor_low": low, "factor_high": high}
+
+
+def _verdict(rows: pd.DataFrame, num_worse: int) -> str:
+    if rows.empty:
+        return "The two runs share no case."
+    num_both = int((rows["mark"] != "x").sum())
+    return f"{num_worse} of {num_both} comparable cases got worse."
+
+
+def _compare_notes(rows: pd.DataFrame, across_machines: bool) -> tuple[str, ...]:
+    marks = "+ worse, - better, ~ within noise, ! newly failing, x not comparable."
+    rule = (
+        f"A change counts beyond {percent(stats.MARGIN)} and where the samples tell the runs apart."
+    )
+    if across_machines:
+        rule = "Different machines: speed-ups over Dense are compared, never seconds. " + rule
+    return (marks, rule)
