@@ -15,6 +15,7 @@ import difflib
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -404,9 +405,15 @@ DETAIL_DEFINITIONS = (
 
 def _dense_first(rows: pd.DataFrame) -> pd.DataFrame:
     """By batch size and length; within them Dense, then the others by name, whatever ran first."""
-    rows = rows.assign(is_other=~rows["label"].str.startswith("Dense"))
-    rows = rows.sort_values(["batch_size", "seq_len", "is_other", "arch", "run"], kind="stable")
-    return rows.drop(columns="is_other").reset_index(drop=True)
+
+    def place(label: str) -> tuple:  # CAT-8 before CAT-16
+        numbers_apart = re.split(r"(\d+)", label)
+        return not label.startswith("Dense"), [int(p) if p.isdigit() else p for p in numbers_apart]
+
+    order = {label: n for n, label in enumerate(sorted(rows["label"].unique(), key=place))}
+    rows = rows.assign(place=rows["label"].map(order))
+    rows = rows.sort_values(["batch_size", "seq_len", "place", "run"], kind="stable")
+    return rows.drop(columns="place").reset_index(drop=True)
 
 
 def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
