@@ -311,7 +311,13 @@ def test_an_interruption_keeps_what_is_closed_and_resume_does_the_rest(
 ):
     command = [sys.executable, "-m", "cat_bench", "run", "efficiency", "-a", "dense", "--quick"]
     grid = ["--batch-size", "1,2,3", "--seq-len", "16", "--name", "stopped"]
-    process = subprocess.Popen([*command, *grid], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *grid],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job of a shell inherits "ignore SIGINT"; a person's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     rows = results_folder / "0001-stopped" / "records.jsonl"
     deadline_s = time.monotonic() + 240
     while not rows.exists() and time.monotonic() < deadline_s:
