@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens
+from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import (
     HEAD_WIDTH,
     Block,
@@ -49,7 +49,8 @@ class Config:
 
     @property
     def label(self) -> str:
-        return {1024: "Dense", 2048: "Dense-2D"}.get(self.width, f"Dense (D={self.width})")
+        name = "Dense-2D" if self.width == 2048 else "Dense"
+        return full_label(name, self, told=("width",) if self.width in (1024, 2048) else ())
 
 
 class State(NamedTuple):

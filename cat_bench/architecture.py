@@ -11,6 +11,8 @@ user's own anywhere (`--arch path/to/mine.py:width=512`).
 import importlib
 import importlib.util
 import sys
+from dataclasses import fields
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cat_bench.errors import UserError
-from cat_bench.spec import Spec, resolve
+from cat_bench.packages import install_command
+from cat_bench.spec import Source, Spec, resolve
 
 Tokens = Int[Tensor, "b t"]
 Token = Int[Tensor, "b"]
@@ -33,13 +36,17 @@ class Cost(NamedTuple):
     """What one part of a decoding step must at least do (evaluation_spec.md 4.3)."""
 
     part: str  # "weights", "state", "compressor"
-    num_bytes: float  # read + written, whole batch; fractions where a cost is amortised over steps
+    num_bytes: float  # to move, whole batch; the write of a single cache row is left out
     flops: float  # 2 per multiply-add, whole batch
 
 
 @runtime_checkable  # for run-time checkers of the signatures
 class Architecture(Protocol):
-    """A torch module. State goes in and comes out; nothing about a sequence hides in the module."""
+    """A torch module. State goes in and comes out; nothing about a sequence hides in the module.
+
+    `prefill` and `step` use a state up: its buffers are filled in place, so only the state they
+    return is valid. `reset` makes an empty one of any of them.
+    """
 
     decode_paths: tuple[str, ...]  # class attribute, "eager" first
     decode_path: str  # the one in use: stored with every number
@@ -86,6 +93,18 @@ class Architecture(Protocol):
         ...
 
 
+def full_label(label: str, config: Any, told: tuple[str, ...]) -> str:
+    """`label`, and in brackets every field of `config` that differs from its default and that the
+    label does not tell: two different models never share a name in a table.
+    """
+    changed = [
+        f"{field.name}={getattr(config, field.name)}"
+        for field in fields(config)
+        if field.name not in told and getattr(config, field.name) != field.default
+    ]
+    return f"{label} ({', '.join(changed)})" if changed else label
+
+
 def step_flops(model: Architecture, batch_size: int, num_tokens: int) -> float:
     """FLOPs of one decoding step of the whole batch."""
     return sum(cost.flops for cost in model.step_costs(batch_size, num_tokens))
@@ -96,17 +115,20 @@ def generation_flops(model: Architecture, batch_size: int, seq_len: int) -> floa
     return sum(step_flops(model, batch_size, n) for n in range(1, seq_len + 1))
 
 
-def load_module(spec: Spec):
-    """Import the architecture's file. Raises UserError where it lacks Config or Model."""
+def load_module(spec: Spec) -> ModuleType:
+    """Import the architecture's file. Raises UserError where it cannot be imported, or lacks Config
+    or Model.
+    """
     source = resolve(spec.name)
-    if source.module:
-        module = importlib.import_module(source.module)
-    else:
-        name = f"cat_bench_user_{source.path.stem}"
-        import_spec = importlib.util.spec_from_file_location(name, source.path)
-        module = importlib.util.module_from_spec(import_spec)
-        sys.modules[name] = module  # dataclasses and pickling of types look it up here
-        import_spec.loader.exec_module(module)
+    try:
+        module = importlib.import_module(source.module) if source.module else _user_module(source)
+    except ImportError as error:
+        raise _missing_import(source, error) from error
+    except SyntaxError as error:  # also of a file that this one imports
+        where = f"{error.filename}, line {error.lineno}"
+        raise UserError(
+            f"{source.path} is not valid Python: {error.msg} ({where}).", "Repair the file."
+        ) from error
     for export in ("Config", "Model"):
         if not hasattr(module, export):
             raise UserError(
@@ -114,6 +136,29 @@ def load_module(spec: Spec):
                 "baselines/dense.py is the example to follow.",
             )
     return module
+
+
+def _user_module(source: Source) -> ModuleType:
+    name = f"cat_bench_user_{source.path.stem}"
+    import_spec = importlib.util.spec_from_file_location(name, source.path)
+    module = importlib.util.module_from_spec(import_spec)
+    sys.modules[name] = module  # dataclasses and pickling of types look it up here
+    import_spec.loader.exec_module(module)
+    return module
+
+
+def _missing_import(source: Source, error: ImportError) -> UserError:
+    """One sentence: the file, what it imports in vain, and how that is installed."""
+    package = (error.name or "").partition(".")[0]
+    if not package or importlib.util.find_spec(package):
+        return UserError(
+            f"{source.path} cannot be imported: {error}.",
+            "The package is there, but has no such name: look at its version.",
+        )
+    return UserError(
+        f"{source.path} imports the package {package}, which is not installed.",
+        f"It must be installed: {install_command(package)}",
+    )
 
 
 def make_config(spec: Spec) -> Any:
@@ -140,6 +185,11 @@ def build(
     if decode_path not in module.Model.decode_paths:
         have = ", ".join(module.Model.decode_paths)
         raise UserError(f"{spec.text} has no decode path '{decode_path}'; it has: {have}.")
+    if decode_path != "eager" and dtype == "float64":
+        raise UserError(
+            f"decode path '{decode_path}' computes in float32, so dtype float64 would be untrue.",
+            "Use --decode-path eager, or --dtype float32.",
+        )
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench import mask
-from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens
+from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import (
     HEAD_WIDTH,
     Block,
@@ -73,7 +73,7 @@ class Config:
         if self.rope not in ("restart", "growing"):
             raise ValueError(f"rope must be 'restart' or 'growing', got '{self.rope}'.")
         layers = (self.num_layers, self.depth_c)
-        if min(layers) < 1 or self.vocab_size < 2:
+        if min(layers) < 1 or self.vocab_size < 2:  # an explicit 0 is no default
             raise ValueError(
                 f"layers must be at least 1 and vocab_size at least 2, got decoder and compressor "
                 f"layers {layers} and {self.vocab_size}."
@@ -84,12 +84,14 @@ class Config:
     @property
     def width_d(self) -> int:
         """D_d, resolved."""
-        return self.decoder_width or 2 * self.width
+        return 2 * self.width if self.decoder_width is None else self.decoder_width
 
     @property
     def depth_c(self) -> int:
         """L_c, resolved."""
-        return self.compressor_layers or max(1, self.num_layers // 2)
+        if self.compressor_layers is None:
+            return max(1, self.num_layers // 2)
+        return self.compressor_layers
 
     @property
     def num_positions(self) -> int:
@@ -98,9 +100,14 @@ class Config:
 
     @property
     def label(self) -> str:
+        """CAT-8, CAT-8-q (a quarter of the layers in the compressor), CAT-1x-8 (D_d = D)."""
         name = "CAT-1x" if self.width_d == self.width else "CAT"
         quarter = "-q" if 4 * self.depth_c == self.num_layers else ""
-        return f"{name}-{self.chunk_size}{quarter}"
+        told = ("chunk_size", "max_len")  # max_len only sets how many chunk positions there are
+        told += ("decoder_width",) if self.width_d in (self.width, 2 * self.width) else ()
+        if self.depth_c in (self.num_layers // 2, self.num_layers // 4):
+            told += ("compressor_layers",)
+        return full_label(f"{name}-{self.chunk_size}{quarter}", self, told)
 
 
 class State(NamedTuple):
@@ -270,15 +277,11 @@ class Model(nn.Module):
             given = np.asarray(lengths.cpu() if isinstance(lengths, Tensor) else lengths)
         start, end = state.lengths, state.lengths + given
         self._check_room(tokens, given, end, state)
-        if (
-            self.decode_path == "cuda_graph"
-            and not _uniform(end)
-            and "ragged" not in state.captured
-        ):
-            self._capture(state, "ragged")  # before anything is read: capturing runs the step
         if _uniform(start) and _uniform(given):
             logits = self._prefill_uniform(tokens[:, : given[0]], state, int(start[0]))
         elif start.max() == 0:
+            if self.decode_path == "cuda_graph" and "ragged" not in state.captured:
+                self._capture(state, "ragged")  # while the state is empty: capturing runs the step
             logits = self._prefill_ragged(tokens, state, given)
         else:
             return self._prefill_by_steps(tokens, state, given)
@@ -325,6 +328,8 @@ class Model(nn.Module):
         size, device = self.config.chunk_size, tokens.device
         chunk, offset = (torch.as_tensor(part, device=device) for part in np.divmod(lengths, size))
         num_chunks, num_tail = int(lengths.max()) // size, int((lengths % size).max())
+        padding = torch.arange(tokens.shape[1], device=device) >= (chunk * size + offset)[:, None]
+        tokens = tokens.masked_fill(padding, 0)  # any id may pad, also one outside the vocabulary
         tail_at = (chunk * size)[:, None] + torch.arange(num_tail, device=device)
         tail = tokens.gather(1, tail_at.clamp(max=tokens.shape[1] - 1))
         state.open_tokens[:, :num_tail] = tail
@@ -377,8 +382,10 @@ class Model(nn.Module):
             return logits, state._replace(lengths=lengths)
         if _uniform(lengths):
             logits = state.captured[self.step_kind(int(lengths[0]))](token, int(lengths[0]))
-        else:
-            logits = state.captured["ragged"](token, torch.from_numpy(lengths))
+        else:  # unequal rows share the inner graph wherever no chunk closes
+            closes = (lengths % self.config.chunk_size == 0).any()
+            step = state.captured["ragged" if closes else "inner"]
+            logits = step(token, torch.from_numpy(lengths))
         return logits, state._replace(lengths=lengths)
 
     def _step_rows(self, token, row, state: State, rope: Rope, kind: str, run_block) -> Tensor:

@@ -20,8 +20,12 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def save(folder: Path, spec: Spec, model: Architecture) -> None:
-    """Write weights and config; the config last, so that a torn checkpoint has none."""
+    """Write weights and config. An interrupted save leaves no config, so `load` refuses it.
+
+    Raises OSError where the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # an old config must never explain new weights
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
     meaning = {
         "architecture": spec.name,
@@ -61,11 +65,13 @@ def _read_config(folder: Path) -> dict:
     path = folder / CONFIG
     try:
         meaning = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
         raise UserError(
             f"{path} cannot be read ({error}); a checkpoint holds {WEIGHTS} and {CONFIG}.",
             "A bare tensor file does not say its RoPE rule: write a config.json beside it.",
         ) from error
+    if not isinstance(meaning, dict):
+        raise UserError(f"{path} holds {type(meaning).__name__}, expected an object.")
     missing = {"architecture", "layout_version", "config"} - set(meaning)
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
@@ -73,6 +79,8 @@ def _read_config(folder: Path) -> dict:
 
 
 def _strict_config(folder: Path, config_class: type, values: dict):
+    if not isinstance(values, dict):
+        raise UserError(f"the config of {folder} is {type(values).__name__}, expected an object.")
     known = {field.name for field in fields(config_class)}
     missing, unknown = known - set(values), set(values) - known
     if missing or unknown:

@@ -7,6 +7,7 @@ that needs it, so that `--help` and `list` answer at once, without torch and pan
 
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import typer
 from cat_bench import spec, store
 from cat_bench.case import Case, Options
 from cat_bench.errors import UserError
+from cat_bench.packages import install_command
 
 if TYPE_CHECKING:
     from cat_bench.runner import Progress, Summary
@@ -96,6 +98,10 @@ Architectures = Annotated[
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu or cuda; default: cuda where there is a GPU.")
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help="With --dry-run: predict for an H100, H200 or A100 instead."),
+]
 Match = Annotated[
     str | None,
     typer.Option(help="params, state, flops or latency: widths that match the first -a."),
@@ -122,6 +128,8 @@ def list_(
     """Show architectures, suites, exhibits and runs."""
     if what not in (None, *LISTINGS):
         raise UserError(f"cannot list '{what}'.", f"It is one of: {', '.join(LISTINGS)}.")
+    if results.exists() and not results.is_dir():
+        raise UserError(f"--results {results} is a file.", "Give the folder that holds the runs.")
     found = {kind: LISTINGS[kind](results) for kind in LISTINGS if what in (None, kind)}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -136,6 +144,7 @@ def list_(
 
 @app.command()
 def run(
+    context: typer.Context,
     suite: Suite = None,
     arch: Architectures = None,
     batch_size: Annotated[str | None, typer.Option(help="1,64,256")] = None,
@@ -154,6 +163,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, run nothing.")
     ] = False,
+    gpu: Gpu = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
     retry: Annotated[str, typer.Option(help="With --resume: oom,failed,unsupported.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 3600.0,
@@ -165,9 +175,12 @@ def run(
     """Measure, each case in a fresh process, into one run folder."""
     if retry and not resume:
         raise UserError("--retry needs --resume RUN.", "Add the run whose cases to measure again.")
+    if not timeout > 0:  # nor nan
+        raise UserError(f"--timeout {timeout:g} is no time.", "Example: --timeout 3600 (seconds)")
     if resume:
+        _check_only_resume(context)
         retried = _retried(retry)
-        target = _resumed(results, resume, suite, arch)
+        target = _resumed(results, resume)
         cases = list(target.cases().values())
     else:
         options = Options(
@@ -175,7 +188,7 @@ def run(
             seq_lens=_counts("--seq-len", seq_len),
             prompt_len=prompt_len,
             dtype=dtype,
-            device=_device(device, quick),
+            device=_device(_device_for(gpu, device, dry_run, quick), quick),
             seeds=_counts("--seed", seed) or (0,),
             decode_path=decode_path,
             repeats=repeats,
@@ -183,14 +196,14 @@ def run(
             scale="smoke" if quick else "custom",
             reference_every=reference_every,
         )
-        environment = _environment(options.device)
+        environment = _environment(options.device) | _assumed_gpu(gpu)
         gpu_name = environment.get("gpu_name")
         cases, first = _plan(suite, arch or [], options, gpu_name)
         if not dry_run:
             _check_machine(cases)
         resolved = _resolve(cases, gpu_name, match, first)
         if dry_run:
-            _print_plan(cases, resolved, environment, as_json)
+            _print_plan(cases, resolved, _memory(options.device, environment, gpu), as_json)
             return
         run_name = name or (f"quick-{suite}" if quick else str(suite))
         target = store.Run.create(results, run_name, environment, cases, resolved)
@@ -308,13 +321,16 @@ def paper(
     from cat_bench.paper import _build
 
     if exhibit is None:
-        _print_statuses(_build.statuses(results, scale), as_json)
+        found = _build.statuses(results, scale)
+        _warn_of_skipped(found)
+        _print_statuses(found, as_json)
         return
     sweeps: list[tuple[store.Run, Summary]] = []
     name = scale if exhibit == "all" else f"{exhibit}-{scale}"
     wanted = run_missing or scale == "smoke"
     measure = _measure_missing(results, name, sweeps) if wanted else None
     built = _build.build(_exhibit_names(exhibit), scale, results, measure)
+    _warn_of_skipped(built)
     if as_json:
         typer.echo(json.dumps(_build_document(built), indent=1, default=str))
     else:
@@ -346,14 +362,7 @@ def _setting(field: spec.Field) -> Any:
 
 def _readiness(info: spec.ArchitectureInfo, decode_path: str) -> str:
     package = info.missing(decode_path)
-    return f"needs {package}: {_install_command(package)}" if package else "ready"
-
-
-def _install_command(package: str) -> str:
-    from cat_bench.environment import PACKAGES
-
-    commands = {known.module: known.install for known in PACKAGES}
-    return commands.get(package, f"pip install {package}")
+    return f"needs {package}: {install_command(package)}" if package else "ready"
 
 
 def _list_suites(_: Path) -> list[dict[str, Any]]:
@@ -371,12 +380,31 @@ def _list_runs(results: Path) -> list[dict[str, Any]]:
         try:
             found = store.Run.open(path)
             machine = found.environment.get("machine_line", "unknown machine")
-            summary = f"{len(found.closed())} of {len(found.cases())} cases; {machine}"
+            summary = f"{_num_closed(found)} of {len(found.cases())} cases; {machine}"
         except UserError as error:
             summary = f"unreadable: {error.message}"
         entries.append({"name": path.name, "summary": summary})
     return entries
 
+
+def _num_closed(found: store.Run) -> int:
+    """How many cases have a closing row. Read as text: parsing every sample would make `list` slow.
+
+    A file in which any line looks unlike a row is read in full, which says what is wrong.
+    """
+    path = found.path / "records.jsonl"
+    data = path.read_bytes() if path.is_file() else b""
+    rows = ROW.findall(data)
+    if len(rows) != data.count(b"\n"):
+        return len(found.closed())
+    return len({case for case, metric in rows if metric == store.CLOSING.encode()})
+
+
+# A whole row as the store writes it: its case and metric.
+ROW = re.compile(
+    rb'^\{"case": "([^"]*)", "metric": "([^"]*)", "value": .*, "schema": %d\}\n' % store.SCHEMA,
+    re.MULTILINE,
+)
 
 LISTINGS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "architectures": _list_architectures,
@@ -426,6 +454,38 @@ def _device(asked: str | None, quick: bool) -> str:
     return "cpu" if nvml_device() is None else "cuda"
 
 
+def _device_for(gpu: str | None, device: str | None, dry_run: bool, quick: bool) -> str | None:
+    """The device that the flags ask for: --gpu means cuda."""
+    if gpu is None:
+        return device
+    if not dry_run:
+        raise UserError("--gpu only predicts.", "Add --dry-run, or drop --gpu.")
+    if quick or device not in (None, "cuda"):
+        other = "--quick" if quick else f"--device {device}"
+        raise UserError(f"--gpu {gpu} predicts for cuda, got {other}.", "Drop one of them.")
+    return "cuda"
+
+
+def _assumed_gpu(gpu: str | None) -> dict[str, Any]:
+    """What the plan takes from the environment, for a GPU that need not be here."""
+    from cat_bench.predict import ASSUMED_MEMORY_BYTES
+
+    if gpu is None:
+        return {}
+    if gpu not in ASSUMED_MEMORY_BYTES:
+        raise UserError(
+            f"--gpu '{gpu}' is unknown.", f"It is one of: {', '.join(ASSUMED_MEMORY_BYTES)}."
+        )
+    return {"gpu_name": gpu, "gpu_memory_bytes": ASSUMED_MEMORY_BYTES[gpu]}
+
+
+def _memory(device: str, environment: dict[str, Any], gpu: str | None) -> tuple[float | None, str]:
+    """Bytes that a plan must fit into, and what has them: "host", "H100, assumed"."""
+    if device == "cpu":
+        return environment["host_memory_bytes"], "host"
+    return environment.get("gpu_memory_bytes"), f"{gpu}, assumed" if gpu else ""
+
+
 def _environment(device: str) -> dict[str, Any]:
     from cat_bench import environment
 
@@ -441,6 +501,10 @@ def _plan(
         raise UserError("run needs a suite.", "Example: cat-bench run efficiency -a dense -a cat-8")
     from cat_bench import suites
 
+    if options.match and options.scale == "smoke":
+        raise UserError(
+            "--match chooses widths, but --quick sets them all to tiny ones.", "Drop one of them."
+        )
     planner = suites.load(suite)
     specs = [spec.parse(text) for text in arch]
     if options.scale == "smoke":
@@ -487,18 +551,16 @@ def _resolve(
 def _print_plan(
     cases: list[Case],
     resolved: dict[str, dict],
-    environment: dict[str, Any],
+    memory: tuple[float | None, str],
     as_json: bool,
 ) -> None:
     from cat_bench import predict
 
-    on_gpu = any(case.device == "cuda" for case in cases)
-    memory = environment.get("gpu_memory_bytes") if on_gpu else None
-    table = predict.plan_table(cases, resolved, memory)
     if as_json:
         plan = [{"key": case.key, **asdict(case), **resolved[case.key]} for case in cases]
         typer.echo(json.dumps(plan, indent=1))
         return
+    table = predict.plan_table(cases, resolved, *memory)
     typer.echo(f"plan: {_plan_line(cases)}")
     typer.echo("\n".join(f"  {line}" for line in table.to_string(index=False).splitlines()))
     typer.echo("Nothing was run.")
@@ -535,7 +597,7 @@ def _check_machine(cases: list[Case]) -> None:
             raise UserError(
                 f"{arch}: decode path '{decode_path}' needs the package {package}, "
                 "which is not installed.",
-                f"Install it: {_install_command(package)}. Or use --decode-path eager.",
+                f"Install it: {install_command(package)}. Or use --decode-path eager.",
             )
 
 
@@ -549,12 +611,32 @@ def _retried(text: str) -> frozenset[str]:
     return asked
 
 
-def _resumed(results: Path, name: str, suite: str | None, arch: list[str] | None) -> store.Run:
+RESUME_TAKES = {"resume", "retry", "timeout", "results", "as_json", "debug"}
+
+
+def _check_only_resume(context: typer.Context) -> None:
+    """Raises UserError where --resume stands beside anything that would plan."""
+    typed = [
+        parameter.opts[-1] if parameter.param_type_name == "option" else "the suite"
+        for parameter in context.command.params
+        if parameter.name not in RESUME_TAKES and _was_typed(context, parameter.name)
+    ]
+    if typed:
+        raise UserError(
+            f"--resume continues a run as it was planned, but got {', '.join(typed)}.",
+            f"Drop {'it' if len(typed) == 1 else 'them'}, or start a new run without --resume.",
+        )
+
+
+def _was_typed(context: typer.Context, name: str | None) -> bool:
+    source = context.get_parameter_source(name) if name else None
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _resumed(results: Path, name: str) -> store.Run:
     """The run to continue, if this machine may. Nothing is changed before that is clear."""
     from cat_bench import runner
 
-    if suite or arch:
-        raise UserError("--resume continues a run as it was planned.", "Drop the suite and -a.")
     found = _found(results, name)
     devices = {case.device for case in found.cases().values()}
     environment = _environment("cuda" if "cuda" in devices else "cpu")
@@ -636,10 +718,12 @@ def _exit_after(target: store.Run, summary: "Summary") -> None:
 def _print_run(target: store.Run, as_json: bool) -> None:
     from cat_bench import report
 
-    made = report.run_table(target)
-    typer.echo(report.as_json(made) if as_json else report.terminal(made))
+    if as_json:
+        typer.echo(report.as_json(report.full_table(report.frame([target]))))
+        return
+    typer.echo(report.terminal(report.run_table(target)))
     details = report.details_table(report.frame([target]))
-    if details is not None and not as_json:
+    if details is not None:
         typer.echo(f"\n{report.terminal(details)}")
 
 
@@ -689,15 +773,32 @@ def _measure_missing(
             return
         _check_machine(cases)
         environment = _environment(cases[0].device)
-        resolved = _resolve(cases, environment.get("gpu_name"))
-        target = store.Run.create(results, name, environment, cases, resolved)
         order = random.Random(0).sample(cases, len(cases))  # a drift must not favour one side
+        order = _with_references(order)
+        resolved = _resolve(order, environment.get("gpu_name"))
+        target = store.Run.create(results, name, environment, order, resolved)
         summary = _measure(target, order, frozenset(), 3600.0)
         sweeps.append((target, summary))
         if summary.interrupted:
             _exit_after(target, summary)
 
     return measure
+
+
+def _with_references(cases: list[Case]) -> list[Case]:
+    """On a GPU, the drift reference of evaluation_spec.md 4.1 first, last and in between."""
+    like = cases[0]
+    if like.device != "cuda":
+        return cases
+    from cat_bench.suites import efficiency
+
+    options = Options(dtype=like.dtype, device=like.device, seeds=(like.seed,), scale=like.scale)
+    return efficiency.with_references(cases, options, efficiency.REFERENCE_EVERY)
+
+
+def _warn_of_skipped(built: Any) -> None:
+    for text in getattr(built, "skipped", ()):
+        _say(f"warning: {text}")
 
 
 def _print_statuses(statuses: list[Any], as_json: bool) -> None:

@@ -17,6 +17,7 @@ from cat_bench.errors import UserError
 from cat_bench.report import (
     Column,
     Table,
+    dense_first,
     digits,
     faster,
     frame,
@@ -43,14 +44,16 @@ def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = Fa
             "Compare ratios with --across-machines.",
         )
     compare_case = _compare_ratios if across_machines else _compare_seconds
-    lines = [_compare(a, b, compare_case) for a, b in _pairs(rows_a, rows_b)]
+    pairs = _pairs(rows_a, rows_b)
+    lines = [_compare(a, b, compare_case) for a, b in pairs if a is not None and b is not None]
+    num_alone = len(pairs) - len(lines)
     rows = pd.DataFrame(lines)
     num_worse = int(rows["mark"].isin(["+", "!"]).sum()) if lines else 0
     heading = f"{run_a.name}: {devices[0]} · {run_b.name}: {devices[1]}"
     return replace(
         table(rows, COMPARE_COLUMNS) if lines else Table(rows, pd.DataFrame()),
         heading=heading,
-        notes=(_verdict(rows, num_worse), *_compare_notes(rows, across_machines)),
+        notes=(_verdict(rows, num_worse, num_alone), *_compare_notes(rows, across_machines)),
         num_worse=num_worse,
     )
 
@@ -73,21 +76,16 @@ def _device(rows: pd.DataFrame) -> str:
 
 
 def _pairs(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> list[tuple]:
-    """(row of A or None, row of B or None) for each case of either."""
+    """(row of A or None, row of B or None) for each case of either, by batch size and length."""
+    rows_a, rows_b = (rows if rows.empty else dense_first(rows) for rows in (rows_a, rows_b))
     by_key = [{row["case"]: row for _, row in rows.iterrows()} for rows in (rows_a, rows_b)]
     keys = dict.fromkeys([*by_key[0], *by_key[1]])
     return [(by_key[0].get(key), by_key[1].get(key)) for key in keys]
 
 
-def _compare(a: pd.Series | None, b: pd.Series | None, compare_case: Callable) -> dict[str, Any]:
-    row = a if b is None else b
-    line = {name: row[name] for name in ("label", "batch_size", "seq_len", "case")}
+def _compare(a: pd.Series, b: pd.Series, compare_case: Callable) -> dict[str, Any]:
+    line = {name: b[name] for name in ("label", "batch_size", "seq_len", "case")}
     line |= {"change": "-", "factor": None, "factor_low": None, "factor_high": None, "remark": ""}
-    if a is None or b is None:
-        return line | {
-            "mark": "x",
-            "remark": f"only in {'the second' if a is None else 'the first'}",
-        }
     if a["status"] == "ok" and b["status"] != "ok":
         return line | {"mark": "!", "change": f"ok -> {b['status']}"}
     if b["status"] != "ok" or a["status"] != "ok":
@@ -128,11 +126,12 @@ def _factor(factor: float, low: float, high: float) -> dict[str, float]:
     return {"factor": factor, "factor_low": low, "factor_high": high}
 
 
-def _verdict(rows: pd.DataFrame, num_worse: int) -> str:
+def _verdict(rows: pd.DataFrame, num_worse: int, num_alone: int) -> str:
+    alone = f" {num_alone} cases are in one of the runs only." if num_alone else ""
     if rows.empty:
-        return "The two runs share no case."
+        return f"The two runs share no case.{alone}"
     num_both = int((rows["mark"] != "x").sum())
-    return f"{num_worse} of {num_both} comparable cases got worse."
+    return f"{num_worse} of {num_both} comparable cases got worse.{alone}"
 
 
 def _compare_notes(rows: pd.DataFrame, across_machines: bool) -> tuple[str, ...]:

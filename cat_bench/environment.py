@@ -9,7 +9,6 @@ Try it: cat-bench doctor
 """
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cat_bench import spec
+from cat_bench.packages import PACKAGES, Package
 from cat_bench.store import digest as digest  # one definition of Record.environment
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -41,42 +41,6 @@ SLOW_DOWN_REASONS = {
     "hw_power_brake_slowdown": "nvmlClocksEventReasonHwPowerBrakeSlowdown",
     "display_clock_setting": "nvmlClocksEventReasonDisplayClockSetting",
 }
-
-
-class Package(NamedTuple):
-    """An optional package: what it serves and how it is installed."""
-
-    module: str
-    distribution: str
-    serves: str
-    install: str
-
-
-PACKAGES = (
-    Package("triton", "triton", "decode path cuda_graph", "pip install -e '.[cuda]'"),
-    Package(
-        "fla",
-        "flash-linear-attention",
-        "upstream kernels of BASED and GatedDeltaNet",
-        "pip install -e '.[cuda]'",
-    ),
-    Package(
-        "mamba_ssm",
-        "mamba-ssm",
-        "upstream kernels of Mamba2",
-        "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "
-        "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1",
-    ),
-    Package(
-        "causal_conv1d",
-        "causal-conv1d",
-        "a faster convolution for upstream Mamba2",
-        "pip install --no-build-isolation --no-deps causal-conv1d==1.7.0  (compiles with nvcc)",
-    ),
-    Package("lm_eval", "lm-eval", "suite lm_eval", "pip install -e '.[eval]'"),
-    Package("transformers", "transformers", "suite lm_eval", "pip install -e '.[eval]'"),
-    Package("datasets", "datasets", "fetching data sets", "pip install -e '.[eval]'"),
-)
 VERSIONS_OF = ("cat-bench", "numpy", "einops", *(package.distribution for package in PACKAGES))
 
 
@@ -171,9 +135,11 @@ def _git(*arguments: str) -> str | None:
 
 def _installed_commit() -> str | None:
     """The commit of a `pip install git+...`, which pip writes down beside the package."""
+    from importlib import metadata  # 25 ms, which `list` does not need
+
     try:
-        text = importlib.metadata.distribution("cat-bench").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
+        text = metadata.distribution("cat-bench").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
         return None
     return json.loads(text or "{}").get("vcs_info", {}).get("commit_id")
 
@@ -213,9 +179,11 @@ def _versions() -> dict[str, Any]:
 
 
 def _version(distribution: str) -> str | None:
+    from importlib import metadata
+
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
         return None
 
 
@@ -269,7 +237,8 @@ def clock_state() -> dict[str, Any]:
 
 def _gpu() -> dict[str, Any]:
     device = nvml_device()
-    keys = ("gpu_name", "gpu_memory_bytes", "driver", "driver_branch", "power_limit_w")
+    keys = ("gpu_name", "gpu_uuid", "gpu_index", "gpu_memory_bytes")
+    keys += ("driver", "driver_branch", "power_limit_w")
     clocks = ("sm_clock_max_hz", "memory_clock_max_hz", "clock_state")
     if device is None:
         return dict.fromkeys((*keys, *clocks))
@@ -279,6 +248,8 @@ def _gpu() -> dict[str, Any]:
     memory = _query("nvmlDeviceGetMemoryInfo", device)
     return {
         "gpu_name": _query("nvmlDeviceGetName", device),
+        "gpu_uuid": _query("nvmlDeviceGetUUID", device),  # which of several alike
+        "gpu_index": _query("nvmlDeviceGetIndex", device),
         "gpu_memory_bytes": memory and memory.total,
         "driver": driver,
         "driver_branch": driver and driver.split(".")[0],

@@ -1,8 +1,8 @@
 """One style and the few kinds of plot that the exhibits share. matplotlib only, no torch.
 
 Every architecture keeps its colour (Okabe-Ito, safe for colour-blind readers) and its marker in all
-figures. Lines and filled markers are ours, with 95 % intervals; hollow markers are the paper's.
-Seconds and GiB of another GPU are never drawn over ours: there only ratios to Dense
+figures. Lines and filled markers are ours, with 95 % intervals; dotted lines and hollow markers are
+the paper's. Seconds and GiB of another GPU are never drawn over ours: there only ratios to Dense
 are. A case out of memory is an x at the upper edge. Whole figures come from `efficiency_figure` and
 `mask_figure`; `save` writes SVG, PDF and PNG.
 """
@@ -53,6 +53,15 @@ SMOKE_STAMP = "smoke scale: proves the pipeline, numbers are meaningless"
 PAPER_DEVICE = "A100 80GB PCIe"  # Appendix B.1
 WIDTH_IN = 7.2  # inches: a page's text width
 CAPTION_COLUMNS = 138  # characters of a caption line at that width
+CAPTION_LINE_IN = 0.12  # inches
+LINEAR_BELOW = 1.5  # largest / smallest value of a panel whose y axis is linear, from 0
+LOG_STEPS = (  # of the ticks of a logarithmic axis, coarse to fine
+    (1,),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 4, 5, 7),
+    (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),  # two steps: 1.5 times at most
+)
+PAPER_DOTS = (0, (1, 2))
 
 
 class Look(NamedTuple):
@@ -73,7 +82,7 @@ LOOKS = {
     "GDN": Look("#d55e00", "X"),
     "GDN-H1": Look("#d55e00", "<", "--"),
     "BASED": Look("#cc79a7", "p"),
-    "BASED (unpatched)": Look("#cc79a7", "8", "--"),
+    "BASED (unpatched)": Look("#5e2b97", "8", "--"),
     "BASED-2x": Look("#cc79a7", ">", "--"),
     "Sparse": Look("#b8a800", ">", "--"),
     "Sparse-2D": Look("#b8a800", "h"),
@@ -144,16 +153,16 @@ def efficiency_figure(
     """
     published = [] if is_smoke and len(rows) else published
     with matplotlib.rc_context(STYLE):
-        columns = min(2, len(panels))
-        figure = Figure(
-            figsize=(WIDTH_IN, 0.9 + 2.35 * -(-len(panels) // columns)), layout="constrained"
-        )
-        grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
+        num_columns = min(2, len(panels))
+        num_rows = -(-len(panels) // num_columns)
+        height = 0.45 + 2.35 * num_rows + CAPTION_LINE_IN * len(_caption_lines(caption))
+        figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
+        grid = figure.subplots(num_rows, num_columns, squeeze=False)
         labels = _labels(rows, published)
         for letter, axes, panel in zip("abcdef", grid.flat, panels, strict=False):
             _draw_panel(axes, panel, rows, published, axis, labels)
             axes.set_title(f"({letter}) {panel.title}")
-        _legend(figure, labels, rows, published, is_smoke)
+        _legend(figure, labels, rows, published, axis, is_smoke)
         _caption(figure, caption)
     return figure
 
@@ -187,7 +196,8 @@ def _draw_panel(
         _draw_published(axes, points.get(label, {}), look(label, number))
     axes.set_xlabel(axis.label)
     axes.set_ylabel(panel.label)
-    _scale_axes(axes, panel, _ticks(axis, rows, published))
+    _scale_x(axes, _ticks(axis, rows, published))
+    _scale_y(axes)
 
 
 def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number: int) -> None:
@@ -226,17 +236,22 @@ def _error(rows: pd.DataFrame, panel: Panel, y: pd.Series) -> np.ndarray | None:
 
 def published_points(
     panel: Panel, published: Sequence, axis: Axis, rows: pd.DataFrame
-) -> dict[str, dict[float, float]]:
-    """label -> {x: value} of the paper, for one panel; empty where they must not be compared."""
-    values: dict[str, dict[float, float]] = {}
+) -> dict[str, dict[float | None, float]]:
+    """label -> {x: value} of the paper, for one panel; empty where they must not be compared.
+
+    A point without a place on the x axis holds at every x: its x is None.
+    """
+    values: dict[str, dict[float | None, float]] = {}
     for point in published:
-        if is_plotted(point) and point.unit == panel.published and axis.name in point.x:
-            values.setdefault(point.row, {})[float(point.x[axis.name])] = point.value
+        if is_plotted(point) and point.unit == panel.published:
+            values.setdefault(point.row, {})[point.x.get(axis.name)] = point.value
     if not panel.is_ratio:
         return values if may_overlay(rows) else {}
     dense = values.get("Dense", {})
     return {
-        label: {x: dense[x] / y for x, y in line.items() if x in dense}
+        label: {
+            x: dense.get(x, dense.get(None)) / y for x, y in line.items() if {x, None} & {*dense}
+        }
         for label, line in values.items()
     }
 
@@ -246,12 +261,14 @@ def may_overlay(rows: pd.DataFrame) -> bool:
     return rows.empty or all(PAPER_DEVICE in str(name) for name in rows["device_name"])
 
 
-def _draw_published(axes: Axes, line: dict[float, float], style: Look) -> None:
-    x = sorted(line)
+def _draw_published(axes: Axes, line: dict[float | None, float], style: Look) -> None:
+    if None in line:
+        axes.axhline(line[None], color=style.color, linestyle=PAPER_DOTS, linewidth=1.3, zorder=2)
+    x = sorted(value for value in line if value is not None)
     if x:
         axes.plot(
             x, [line[value] for value in x], color=style.color, marker=style.marker,
-            markerfacecolor="white", markeredgewidth=1.1, linestyle=(0, (1, 2)), linewidth=0.9,
+            markerfacecolor="white", markeredgewidth=1.1, linestyle=PAPER_DOTS, linewidth=0.9,
             zorder=2,
         )  # fmt: skip
 
@@ -262,67 +279,100 @@ def _ticks(axis: Axis, rows: pd.DataFrame, published: Sequence) -> list[float]:
     return sorted(x | set(rows[axis.name].dropna().astype(float) if len(rows) else ()))
 
 
-def _scale_axes(axes: Axes, panel: Panel, ticks: Sequence[float]) -> None:
-    """Powers of two on x, plain numbers everywhere."""
+def _scale_x(axes: Axes, ticks: Sequence[float]) -> None:
+    """Powers of two, in plain numbers."""
     axes.set_xscale("log", base=2)
     if ticks:
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
-    if panel.is_ratio and axes.get_ylim()[1] < 10:
-        axes.set_ylim(0, max(1.25, axes.get_ylim()[1]))
-        return
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    steps = (1,) if high / low > 300 else (1, 2, 5) if high / low > 5 else (1, 1.5, 2, 3, 4, 5, 7)
-    ticks_y = [step * 10.0**power for power in range(-6, 7) for step in steps]
-    axes.yaxis.set_major_locator(FixedLocator([y for y in ticks_y if low <= y <= high]))
-    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _scale_y(axes: Axes) -> None:
+    """One rule for all panels: logarithmic, or from 0 where all values are close together.
+
+    A ratio of 2 and one of 1/2 then stand equally far from 1. Labels are plain numbers.
+    """
+    low, high = axes.dataLim.intervaly  # infinite where nothing was drawn
+    if 0 < low < high / LINEAR_BELOW:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(_log_ticks(*axes.get_ylim())))
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif np.isfinite(high):
+        axes.set_ylim(0, 1.15 * high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """At least three where possible, never fewer than two, in the coarsest steps that do."""
+    found: list[float] = []
+    for steps in LOG_STEPS:
+        ticks = (step * 10.0**power for power in range(-9, 10) for step in steps)
+        found = [tick for tick in ticks if low <= tick <= high]
+        if len(found) >= 3:
+            break
+    return found
+
+
 def _legend(
-    figure: Figure, labels: list[str], rows: pd.DataFrame, published: Sequence, is_smoke: bool
+    figure: Figure,
+    labels: list[str],
+    rows: pd.DataFrame,
+    published: Sequence,
+    axis: Axis,
+    is_smoke: bool,
 ) -> None:
     """One legend above all panels, under the stamp of figures that prove nothing."""
     ours = set(rows["label"]) if len(rows) else set()
-    handles = []
-    for number, label in enumerate(labels):
-        style = look(label, number)
-        is_ours = label in ours
-        handles.append(
-            Line2D(
-                [], [], color=style.color, marker=style.marker, label=label,
-                linestyle=style.line if is_ours else (0, (1, 2)),
-                markerfacecolor=style.color if is_ours else "white",
-                linewidth=1.5 if is_ours else 0.9,
-            )
-        )  # fmt: skip
-    if any(is_plotted(point) for point in published):
-        handles.append(
-            Line2D(
-                [], [], color="#555555", marker="o", markerfacecolor="white", linewidth=0.9,
-                linestyle=(0, (1, 2)), label="paper (A100, digitised)",
-            )
-        )  # fmt: skip
+    handles = [
+        _handle(label, look(label, number), label in ours, _is_level(label, rows, published, axis))
+        for number, label in enumerate(labels)
+    ]
+    if ours and any(is_plotted(point) for point in published):
+        # No marker: a hollow circle would be the paper's Dense.
+        text = "dotted, hollow: paper (A100, digitised)"
+        handles.append(Line2D([], [], color="#555555", linestyle=PAPER_DOTS, label=text))
     if len(rows) and (rows["status"] == "oom").any():
         handles.append(
             Line2D([], [], color="#555555", marker="x", linestyle="none", label="out of memory")
         )
     legend = figure.legend(
-        handles=handles, loc="outside upper center", ncols=max(1, min(5, len(handles)))
+        handles=handles, loc="outside upper center", ncols=max(1, min(4, len(handles)))
     )
     if is_smoke and len(rows):  # the paper's points alone are not meaningless
         legend.set_title(SMOKE_STAMP, {"size": 10, "weight": "bold"})
         legend.get_title().set_color("#b00020")
 
 
+def _handle(label: str, style: Look, is_ours: bool, is_level: bool) -> Line2D:
+    """The legend's entry of one architecture; what only the paper measured says so."""
+    paper_label = f"{label[:-1]}, paper)" if label.endswith(")") else f"{label} (paper)"
+    return Line2D(
+        [], [], color=style.color, marker="" if is_level else style.marker,
+        label=label if is_ours else paper_label,
+        linestyle=style.line if is_ours else PAPER_DOTS,
+        markerfacecolor=style.color if is_ours else "white",
+        linewidth=1.5 if is_ours else 0.9,
+    )  # fmt: skip
+
+
+def _is_level(label: str, rows: pd.DataFrame, published: Sequence, axis: Axis) -> bool:
+    """Whether an architecture has no place on the x axis: a level line, without markers."""
+    if len(rows) and (rows["label"] == label).any():
+        return bool(rows.loc[rows["label"] == label, axis.name].isna().all())
+    return all(axis.name not in p.x for p in published if p.row == label and is_plotted(p))
+
+
 def _caption(figure: Figure, caption: str) -> None:
     """Under the panels, at the left edge."""
+    text = "\n".join(_caption_lines(caption))
+    figure.supxlabel(text, fontsize=7, color="#444444", x=0.01, ha="left")
+
+
+def _caption_lines(caption: str) -> list[str]:
     paragraphs = caption.split("\n")
-    lines = [line for text in paragraphs for line in textwrap.wrap(text, CAPTION_COLUMNS)]
-    figure.supxlabel("\n".join(lines), fontsize=7, color="#444444", x=0.01, ha="left")
+    return [line for text in paragraphs for line in textwrap.wrap(text, CAPTION_COLUMNS)]
 
 
 def mask_figure(masks: Sequence[tuple[str, np.ndarray, int]], caption: str) -> Figure:

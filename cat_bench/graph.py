@@ -87,10 +87,11 @@ def packed_gate_up(block: Block) -> Tensor:
     On first use the two weights become halves of one buffer; their values, names and shapes stay.
     """
     gate, up = block.w1.weight, block.w3.weight
-    packed = up.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()
-    if not packed:
-        both = torch.cat([gate.detach(), up.detach()])
-        gate.data, up.data = both.chunk(2)
+    same_buffer = up.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()
+    if not (same_buffer and up.data_ptr() == gate.data_ptr() + gate.nbytes):
+        with torch.inference_mode(False):  # the weights stay ordinary tensors, fit for training
+            both = torch.cat([gate.detach(), up.detach()])
+            gate.data, up.data = both.chunk(2)
     return gate.detach().as_strided((2 * len(gate), gate.shape[1]), gate.stride())
 
 

@@ -8,7 +8,7 @@ Try it: cat-bench run efficiency -a dense -a cat-8 --batch-size 64,512 --seq-len
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import cache
 from typing import Any
@@ -26,12 +26,13 @@ HEADROOM = 1.10  # workspace: a tenth of weights + state
 
 # Read bandwidth (bytes/s) and bf16 matmul rate (FLOP/s) seen on these GPUs: nominal, not of this
 # very device. Measured ceilings (profiler.ceilings) replace them in the rows of a run.
+# Their memory sizes are the makers', for a plan made where there is none.
 ASSUMED_CEILINGS = {"H100": (2.9e12, 800e12), "H200": (4.2e12, 790e12), "A100": (1.6e12, 200e12)}
+ASSUMED_MEMORY_BYTES = {"H100": 80e9, "H200": 141e9, "A100": 80e9}
 
 BUDGETS = ("params", "state", "flops", "latency")
 MATCH_TOLERANCE = 0.05
 WIDTH_STEP, MAX_WIDTH = 64, 16_384
-MAX_FLOOR_SAMPLES = 4096
 
 
 # --- what each case will be -----------------------------------------------------------------------
@@ -156,30 +157,17 @@ def generation_floor_s(
     computing (evaluation_spec.md 4.3). The prefill counts as the step that reads its last token.
     """
     read, rate = ceilings.read_bandwidth_bytes_per_s, ceilings.matmul_flops_per_s
-    steps = list(_sampled_steps(prompt_len, seq_len))
-    total_s = sum(
+    return sum(
         max(cost.num_bytes / read, cost.flops / rate)
-        for n in steps
+        for n in range(prompt_len, seq_len)
         for cost in model.step_costs(batch_size, n)
     )
-    return total_s * (seq_len - prompt_len) / len(steps)
 
 
 def mean_step_flops(model: Architecture, batch_size: int, prompt_len: int, seq_len: int) -> float:
     """FLOPs of the whole batch per new token, averaged over a generation."""
-    steps = list(_sampled_steps(prompt_len, seq_len))
+    steps = range(prompt_len, seq_len)
     return sum(step_flops(model, batch_size, n) for n in steps) / len(steps)
-
-
-def _sampled_steps(prompt_len: int, seq_len: int) -> Iterator[int]:
-    """Token numbers that a generation reads: all of them, or, in a long one, evenly spaced ones.
-
-    The distance is odd, so that they meet every phase of a chunk equally often.
-    """
-    stride = math.ceil((seq_len - prompt_len) / MAX_FLOOR_SAMPLES) // 2 * 2 + 1
-    if stride <= 1:
-        return iter(range(prompt_len, seq_len))
-    return iter(range(prompt_len + stride // 2, seq_len, stride))
 
 
 @cache
@@ -202,51 +190,51 @@ def fits(row: dict, device_memory_bytes: float) -> bool:
 
 
 def plan_table(
-    cases: list[Case], resolved: dict[str, dict], device_memory_bytes: float | None = None
+    cases: list[Case],
+    resolved: dict[str, dict],
+    memory_bytes: float | None = None,
+    memory_of: str = "",
 ) -> pd.DataFrame:
-    """The plan as people read it: one row per shape of an architecture; GiB and seconds as text.
+    """The plan as people read it: one row per shape of an architecture, units in the headers.
 
-    Without `device_memory_bytes` it says how much memory a case needs instead of whether it fits.
+    With `memory_bytes` it says whether a case fits; `memory_of` says in what ("host").
     """
-    fit_column = (
-        "needs" if device_memory_bytes is None else f"fits in {device_memory_bytes / GIB:.1f} GiB"
-    )
-    unique = {(case.arch, _shape(case), case.seed): case for case in cases}
+    fit_column = ""
+    if memory_bytes is not None:
+        fit_column = f"fits in {memory_bytes / GIB:.1f} GiB{memory_of and f' ({memory_of})'}"
+    # Planned cases replace a reference case of the same shape.
+    references_first = sorted(cases, key=lambda case: not _is_reference(case))
+    unique = {(case.arch, _shape(case), case.seed): case for case in references_first}
+    matched_plan = any("match_ratio" in resolved[case.key] for case in cases)
     rows = []
     for case in sorted(unique.values(), key=lambda c: (c.arch, c.seq_len, c.batch_size, c.seed)):
         row = resolved[case.key]
-        no_room = device_memory_bytes is not None and not fits(row, device_memory_bytes)
-        rows.append(
-            {
-                "architecture": row["label"],
-                "batch": case.batch_size,
-                "seq len": case.seq_len,
-                "weights": _gib(row["weights_bytes"]),
-                "state": _gib(row["state_bytes"]),
-                fit_column: _fit_text(row, device_memory_bytes),
-                "at least": "-" if no_room else _seconds(row["floor_s"]),
-            }
-        )
+        room = memory_bytes is None or fits(row, memory_bytes)
+        text = {
+            "architecture": row["label"],
+            "batch": str(case.batch_size),
+            "seq len tokens": str(case.seq_len),
+            "params M": _number(row["num_params"] / 1e6),
+            "non-embedding M": _number(row["num_params_non_embedding"] / 1e6),
+            "weights GiB": _number(row["weights_bytes"] / GIB),
+            "state GiB": _number(row["state_bytes"] / GIB),
+            "needs GiB": _number(needed_bytes(row) / GIB),
+        }
+        if fit_column:
+            text[fit_column] = "yes" if room else "NO"
+        text["floor s"] = _number(row["floor_s"]) if room else "-"
+        if matched_plan:
+            text["width"] = str(row["config"].get("width", "-"))
+            text["budget ratio"] = f"{row['match_ratio']:.3f}" if "match_ratio" in row else "-"
+        rows.append(text)
     return pd.DataFrame(rows)
 
 
-def _fit_text(row: dict, device_memory_bytes: float | None) -> str:
-    if device_memory_bytes is None:
-        return _gib(needed_bytes(row))
-    if fits(row, device_memory_bytes):
-        return "yes"
-    return f"NO ({needed_bytes(row) / GIB:.1f})"
-
-
-def _gib(num_bytes: float) -> str:
-    gib = num_bytes / GIB
-    return f"{gib:.2f} GiB" if gib >= 0.01 else f"{num_bytes / 2**20:.2f} MiB"
-
-
-def _seconds(value_s: float | None) -> str:
-    if value_s is None:
+def _number(value: float | None) -> str:
+    """Two decimals, or two significant digits where that would be nothing."""
+    if value is None:
         return "-"
-    return f"{value_s:.0f} s" if value_s >= 10 else f"{value_s:.2g} s"
+    return f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
 
 
 # --- equal budgets --------------------------------------------------------------------------------
@@ -318,10 +306,11 @@ def _widths(spec: Spec) -> list[Spec]:
             f"--match chooses the setting 'width', which {spec.name} does not have.",
             "Leave this architecture out, or give its sizes yourself and drop --match.",
         )
-    if "width" in spec.overrides:
+    if "width" in spec.given or "width" in spec.overrides:
+        where = "one is given" if "width" in spec.given else "its width is set by the preset"
         raise UserError(
-            f"{spec.text}: --match chooses the width, but one is given.",
-            "Drop width from this -a, or put it first: the first one sets the budget.",
+            f"{spec.typed or spec.text}: --match chooses the width, but {where}.",
+            "Leave the width to --match, or put this -a first: the first one sets the budget.",
         )
     accepted = []
     for width in range(WIDTH_STEP, MAX_WIDTH + 1, WIDTH_STEP):

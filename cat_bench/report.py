@@ -58,6 +58,7 @@ class Table:
     notes: tuple[str, ...] = ()  # definitions and warnings, one line each
     best: pd.DataFrame | None = None  # booleans, the shape of `text`
     title: str = ""
+    suffix: str = "table"  # of the file's name, where an exhibit writes it
     num_worse: int = 0  # regressions: `compare` exits with 4 where there are any
 
 
@@ -94,6 +95,12 @@ def faster(ratio: float, low: float, high: float) -> str:
         ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, "slower"
     interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
     return f"{ratio:.2f}x {word}{interval}"
+
+
+def millions(*counts: float) -> str:
+    """Total parameters (non-embedding ones), in 10^6."""
+    total, inner = (f"{count / 1e6:,.1f}" for count in counts)
+    return f"{total} ({inner})"
 
 
 def whole(value: float) -> str:
@@ -145,7 +152,8 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
         rows = _with_intervals(rows)
         rows = _with_dense_ratios(rows)
     if {"floor_s", "latency_s"} <= set(rows):
-        rows["floor_share"] = rows["floor_s"] * _ceiling_share(rows) / rows["latency_s"]
+        share = rows["floor_s"] * _ceiling_share(rows) / rows["latency_s"]
+        rows = rows.assign(floor_share=share)
     return rows[rows["chosen"]].reset_index(drop=True) if "chosen" in rows else rows
 
 
@@ -165,40 +173,56 @@ def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
 
 
 def _with_peak(rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds peak_bytes: allocated on a GPU, resident set on a CPU; the two never share a table."""
-    names = [name for name in ("peak_allocated_bytes", "peak_rss_bytes") if name in rows]
+    """Adds peak_bytes: reserved on a GPU, resident set on a CPU; the two never share a table.
+
+    Reserved, because allocated misses what captured graphs hold, which differs by architecture.
+    """
+    names = [name for name in ("peak_reserved_bytes", "peak_rss_bytes") if name in rows]
     return rows.assign(peak_bytes=rows[names].bfill(axis=1).iloc[:, 0]) if names else rows
 
 
 def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
     """Adds latency_s_low, latency_s_high and n (repeats)."""
-    rows = rows.copy()
-    for index, samples in rows["latency_s.samples"].items():
-        if isinstance(samples, list) and samples:
-            interval = _summary(tuple(samples))
-            rows.loc[index, ["latency_s_low", "latency_s_high"]] = interval.low, interval.high
-            rows.loc[index, "n"] = len(samples)
-    return rows
+
+    def interval(samples: Any) -> dict[str, float]:
+        if not isinstance(samples, list) or not samples:
+            return {}
+        found = _summary(tuple(samples))
+        return {"latency_s_low": found.low, "latency_s_high": found.high, "n": len(samples)}
+
+    return _joined(rows, [interval(samples) for samples in rows["latency_s.samples"]])
 
 
 def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds speedup (Dense seconds / seconds) with its interval, memory_ratio and state_ratio."""
-    rows = rows.copy()
-    for index, row in rows.iterrows():
-        dense = dense_of(rows, row)
-        if dense is None or not latency_samples(row) or not latency_samples(dense):
-            continue
-        if dense.name == index:
-            interval = stats.Interval(1.0, 1.0, 1.0, len(latency_samples(row)))
-        else:
-            interval = _ratio(tuple(latency_samples(dense)), tuple(latency_samples(row)))
-        names = ["speedup", "speedup_low", "speedup_high"]
-        rows.loc[index, names] = interval.median, interval.low, interval.high
-        rows.loc[index, "dense_run"] = dense["run"]
-        for name, metric in MEMORY_RATIOS.items():
-            if metric in rows:
-                rows.loc[index, name] = dense[metric] / row[metric]
-    return rows
+    """Adds speedup (Dense seconds / seconds) with its interval, the same over Dense-2D, and
+    memory_ratio and state_ratio over Dense."""
+
+    def ratios(row: pd.Series) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        dense, wide = dense_of(rows, row), dense_of(rows, row, "Dense-2D")
+        if dense is not None:
+            found |= _speedup("speedup", dense, row) | {"dense_run": dense["run"]}
+            for name, metric in MEMORY_RATIOS.items():
+                if metric in rows:
+                    found[name] = dense[metric] / row[metric]
+        if wide is not None and row["label"] != "Dense":
+            found |= _speedup("speedup_2d", wide, row)
+        return found
+
+    return _joined(rows, [ratios(row) for _, row in rows.iterrows()])
+
+
+def _joined(rows: pd.DataFrame, found: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.concat([rows, pd.DataFrame(found, index=rows.index)], axis=1)
+
+
+def _speedup(name: str, reference: pd.Series, row: pd.Series) -> dict[str, float]:
+    """Reference seconds / seconds and the ends of its interval; 1 for the reference itself."""
+    ends = (1.0, 1.0, 1.0)
+    if reference.name != row.name:
+        interval = _ratio(tuple(latency_samples(reference)), tuple(latency_samples(row)))
+        ends = interval.median, interval.low, interval.high
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
 
 
 @cache
@@ -211,15 +235,23 @@ def _ratio(a: tuple[float, ...], b: tuple[float, ...]) -> stats.Interval:
     return stats.ratio(a, b)
 
 
-def dense_of(rows: pd.DataFrame, row: pd.Series) -> pd.Series | None:
-    """The Dense row to compare `row` with: same setting; same run, same path where there is one."""
-    dense = rows[rows["label"].str.startswith("Dense") & ~rows["label"].str.startswith("Dense-2D")]
-    for name in SAME_SETTING:
-        dense = dense[dense[name] == row[name]]
-    for name in ("run", "decode_path"):
-        same = dense[dense[name] == row[name]]
+def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Series | None:
+    """The row of `name` to compare `row` with: same setting; same run and path where there is one.
+
+    None without one, or where several models could be meant (two Dense of other sizes).
+    """
+    dense = rows[rows["label"] == name]
+    if dense.empty and name == "Dense":  # a tiny or resized one stands in, if it is the only one
+        is_dense = rows["arch"].str.partition(":")[0] == "dense"
+        dense = rows[is_dense & ~rows["label"].str.startswith("Dense-2D")]
+        dense = dense if dense["arch"].nunique() == 1 else dense.iloc[:0]
+    for setting in SAME_SETTING:
+        dense = dense[dense[setting] == row[setting]]
+    dense = dense.loc[[index for index, one in dense.iterrows() if latency_samples(one)]]
+    for setting in ("run", "decode_path"):
+        same = dense[dense[setting] == row[setting]]
         dense = dense if same.empty else same
-    return None if dense.empty else dense.iloc[0]
+    return None if dense.empty or not latency_samples(row) else dense.iloc[0]
 
 
 def latency_samples(row: pd.Series) -> list[float]:
@@ -282,8 +314,10 @@ EFFICIENCY_COLUMNS = (
     Column("peak GiB", ("peak_bytes",), gib, min),
     Column("state GiB", ("state_bytes",), gib, min),
     Column("vs Dense", ("speedup", "speedup_low", "speedup_high"), faster),
+    Column("vs Dense-2D", ("speedup_2d", "speedup_2d_low", "speedup_2d_high"), faster),
     Column("% of floor", ("floor_share",), percent),
     Column("n", ("n",), whole),
+    Column("params M (non-emb.)", ("num_params", "num_params_non_embedding"), millions),
 )
 OTHER_COLUMNS = (
     Column("architecture", ("label",), str),
@@ -294,8 +328,9 @@ OTHER_COLUMNS = (
 DEFINITIONS = (
     "latency = median time of a whole generation, prefill included; tok/s = batch x new tokens / "
     "decode time; n = repeats.",
-    "peak = max allocated (CPU: resident set, interpreter included). state = by formula. "
-    "vs Dense = median Dense latency / median latency, same setting, 95 % interval.",
+    "peak = max reserved by the allocator, captured graphs included (CPU: resident set, with the "
+    "interpreter). state = by formula.",
+    "vs Dense, vs Dense-2D = their median latency / median latency, same setting, 95 % interval.",
     "floor = least time by bytes and FLOPs at the best ceilings measured in the same run; "
     "% of floor = floor / latency.",
 )
@@ -320,8 +355,9 @@ def records_table(records: pd.DataFrame) -> Table:
     if efficiency and "latency_s" not in rows:  # nothing went well: statuses still need a column
         rows["latency_s"] = math.nan
     columns = EFFICIENCY_COLUMNS if efficiency else OTHER_COLUMNS + _metric_columns(records)
+    columns = (*_distinguishing(rows), *columns)
     by = ["batch_size", "seq_len"]
-    rows = _dense_first(rows) if efficiency else rows
+    rows = dense_first(rows) if efficiency else rows
     made = table(rows, columns, by)
     notes = (
         *(DEFINITIONS if efficiency else ()),
@@ -342,52 +378,80 @@ def details_table(records: pd.DataFrame) -> Table | None:
     Steps come from one instrumented generation; a boundary step of CAT closes a chunk (compress,
     write the slot), all its others are inner steps.
     """
-    rows = measured(records)
+    return details_of(measured(records))
+
+
+def details_of(rows: pd.DataFrame) -> Table | None:
+    """`details_table` of rows that are measured and labelled already."""
     if rows.empty or "step_s.samples" not in rows:
         return None
-    rows = _dense_first(rows)
-    steps = pd.DataFrame([_step_statistics(row) for _, row in rows.iterrows()], index=rows.index)
-    return replace(table(rows.join(steps), DETAIL_COLUMNS), notes=DETAIL_DEFINITIONS)
+    made = table(_with_step_statistics(dense_first(rows)), DETAIL_COLUMNS)
+    return replace(made, notes=DETAIL_DEFINITIONS, suffix="steps")
+
+
+def full_table(records: pd.DataFrame) -> Table:
+    """Both tables in one, with run, scale and device: JSON and CSV have no page to fit."""
+    rows, made = measured(records), records_table(records)
+    if rows.empty or "latency_s" not in rows:
+        return made
+    rows = dense_first(rows)
+    columns = [Column(name, (name,), str) for name in ("run", "scale", "device_name")]
+    columns += EFFICIENCY_COLUMNS
+    if "step_s.samples" in rows:
+        rows = _with_step_statistics(rows)
+        columns += [c for c in DETAIL_COLUMNS if c.title not in made.text]
+    return replace(table(rows, columns), heading=made.heading, notes=made.notes)
+
+
+def _with_step_statistics(rows: pd.DataFrame) -> pd.DataFrame:
+    return _joined(rows, [_step_statistics(row) for _, row in rows.iterrows()])
 
 
 def _step_statistics(row: pd.Series) -> dict[str, float]:
-    found = {}
-    for kind, percents in (("step", (50, 95, 99)), ("step_inner", (50,)), ("step_boundary", (50,))):
+    found: dict[str, float] = {}
+    for kind in ("step", "step_inner", "step_boundary"):
         samples = row.get(f"{kind}_s.samples")
         if isinstance(samples, list) and samples:
-            cuts = np.percentile(samples, percents)
-            found |= {f"{kind}_p{p}_s": cut for p, cut in zip(percents, cuts, strict=True)}
+            cuts = np.percentile(samples, PERCENTILES)
+            found |= {f"{kind}_p{p}_s": c for p, c in zip(PERCENTILES, cuts, strict=True)}
+            found[f"{kind}_mean_s"], found[f"{kind}_count"] = float(np.mean(samples)), len(samples)
     samples = row.get("step_s.samples")
     if isinstance(samples, list) and samples:
         tenth = max(1, len(samples) // 10)
-        found["step_first_s"], found["step_last_s"] = (
-            float(np.mean(part)) for part in (samples[:tenth], samples[-tenth:])
-        )
+        found["step_first_s"] = float(np.mean(samples[:tenth]))
+        found["step_last_s"] = float(np.mean(samples[-tenth:]))
+    if "step_boundary_count" in found:
+        found["boundary_share"] = found["step_boundary_count"] / found["step_count"]
+    ttft = row.get("ttft_s.samples")
+    if isinstance(ttft, list) and ttft:
+        interval = _summary(tuple(ttft))
+        found["ttft_s_low"], found["ttft_s_high"] = interval.low, interval.high
     return found
 
 
-def milliseconds(seconds: float) -> str:
-    return digits(1000 * seconds)
+def milliseconds(*seconds: float) -> str:
+    return " / ".join(digits(1000 * value) for value in seconds)
 
 
-def millions(*counts: float) -> str:
-    """Total parameters (non-embedding ones), in 10^6."""
-    total, inner = (f"{count / 1e6:,.1f}" for count in counts)
-    return f"{total} ({inner})"
+def milliseconds_with_interval(value: float, low: float, high: float) -> str:
+    return with_interval(1000 * value, 1000 * low, 1000 * high)
 
 
-PARAMETERS = Column("params M (non-emb.)", ("num_params", "num_params_non_embedding"), millions)
+def _percentiles(title: str, kind: str) -> Column:
+    return Column(title, tuple(f"{kind}_p{p}_s" for p in PERCENTILES), milliseconds)
+
+
+PERCENTILES = (50, 90, 95, 99)
 DETAIL_COLUMNS = (
     Column("architecture", ("label",), str),
     Column("batch", ("batch_size",), whole),
     Column("length", ("seq_len",), whole),
-    PARAMETERS,
-    Column("TTFT ms", ("ttft_s",), milliseconds),
-    Column("step p50 ms", ("step_p50_s",), milliseconds),
-    Column("p95", ("step_p95_s",), milliseconds),
-    Column("p99", ("step_p99_s",), milliseconds),
-    Column("inner p50", ("step_inner_p50_s",), milliseconds),
-    Column("boundary p50", ("step_boundary_p50_s",), milliseconds),
+    Column("TTFT ms", ("ttft_s", "ttft_s_low", "ttft_s_high"), milliseconds_with_interval),
+    Column("step ms mean", ("step_mean_s",), milliseconds),
+    _percentiles("p50 / p90 / p95 / p99", "step"),
+    _percentiles("inner", "step_inner"),
+    _percentiles("boundary", "step_boundary"),
+    Column("boundary %", ("boundary_share",), percent),
     Column("first 10 %", ("step_first_s",), milliseconds),
     Column("last 10 %", ("step_last_s",), milliseconds),
     Column("mJ/token", ("energy_per_token_j",), milliseconds),
@@ -395,15 +459,15 @@ DETAIL_COLUMNS = (
     Column("capture s", ("compile_s",), digits),
 )
 DETAIL_DEFINITIONS = (
-    "TTFT = prefill and first token. Steps: one instrumented generation, one event a step; inner, "
-    "boundary = CAT's steps inside a chunk and those that close one; first, last 10 % = mean of "
-    "those positions.",
-    "graph = private pools of captured graphs, which peak does not count. capture = state, kernels "
-    "and graphs, once, in no latency.",
+    "TTFT = prefill and first token. Steps: one instrumented generation, one event a step, in ms; "
+    "inner, boundary = the same percentiles of CAT's steps inside a chunk and of those that close "
+    "one; first, last 10 % = mean of those positions.",
+    "graph = private pools of captured graphs. capture = state, kernels and graphs, once, outside "
+    "of every latency; seconds more where kernels are not yet in Triton's cache.",
 )
 
 
-def _dense_first(rows: pd.DataFrame) -> pd.DataFrame:
+def dense_first(rows: pd.DataFrame) -> pd.DataFrame:
     """By batch size and length; within them Dense, then the others by name, whatever ran first."""
 
     def place(label: str) -> tuple:  # CAT-8 before CAT-16
@@ -414,6 +478,12 @@ def _dense_first(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(place=rows["label"].map(order))
     rows = rows.sort_values(["batch_size", "seq_len", "place", "run"], kind="stable")
     return rows.drop(columns="place").reset_index(drop=True)
+
+
+def _distinguishing(rows: pd.DataFrame) -> list[Column]:
+    """A column for each setting in which the rows of one table differ."""
+    names = ("run", "decode_path", "dtype", "prompt_len", "seed")
+    return [Column(name, (name,), str) for name in names if rows[name].nunique() > 1]
 
 
 def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
@@ -462,7 +532,21 @@ def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
         if row["device"] == "cuda" and pd.notna(host) and abs(host / device - 1) > MAX_CLOCK_GAP:
             gap = 100 * (host / device - 1)
             found.append(f"warning: {name}: host clock differs from CUDA events by {gap:+.1f} %.")
-    return (*found, *_reference_drift(records))
+        gap = row.get("step_sum_difference")
+        if pd.notna(gap):
+            found.append(f"warning: {name}: the instrumented steps add up to {100 * gap:+.1f} %.")
+    return (*found, *_slow_downs(rows), *_reference_drift(records))
+
+
+def _slow_downs(rows: pd.DataFrame) -> list[str]:
+    """Which reasons the GPU gave for lower clocks after how many cases."""
+    notes = []
+    for name in (c for c in rows if c.startswith("slow_down_") and c.endswith("_after")):
+        count = int((rows[name] == 1).sum())
+        reason = name.removeprefix("slow_down_").removesuffix("_after").replace("_", " ")
+        if count:
+            notes.append(f"clocks: {reason} was active at the end of {count} of {len(rows)} cases.")
+    return notes
 
 
 def _reference_drift(records: pd.DataFrame) -> list[str]:
@@ -512,17 +596,29 @@ def _dict_lines(values: dict) -> list[str]:
 
 
 def report_text(runs: Sequence[store.Run], form: str, published: Sequence = ()) -> str:
-    """`cat-bench report`: one table of all runs, in one of FORMATS."""
+    """`cat-bench report`: the tables of all runs, in one of FORMATS.
+
+    Scales and devices never share a printed table; in JSON and CSV they are columns.
+    """
     if form not in FORMATS:
         raise UserError(f"unknown format '{form}'.", f"Available: {', '.join(FORMATS)}.")
-    made = records_table(frame(runs))
-    made = replace(made, title=", ".join(run.name for run in runs))
-    if published and len(made.rows):
-        made = with_published(made, published)
+    records = frame(runs)
+    title = ", ".join(run.name for run in runs)
+    if form in ("json", "csv"):
+        return WRITERS[form](_with_published(replace(full_table(records), title=title), published))
+    tables = []
+    for _, group in records.groupby(["scale", "device_name"], sort=False):
+        tables.append(_with_published(replace(records_table(group), title=title), published))
+        details = details_table(group)
+        tables += [] if details is None else [details]
     if form == "html":
-        section = Section(made.title, tables=(made,))
+        section = Section(title, tables=tuple(tables))
         return html_page("cat-bench report", [section], [run.environment for run in runs])
-    return WRITERS[form](made)
+    return "\n".join(WRITERS[form](each) for each in tables)
+
+
+def _with_published(made: Table, points: Sequence) -> Table:
+    return with_published(made, points) if points and len(made.rows) else made
 
 
 def published_speedups(points: Iterable) -> dict[tuple[str, int, int], float]:
@@ -547,7 +643,7 @@ def with_published(made: Table, points: Sequence) -> Table:
     keys = zip(made.rows["label"], made.rows["batch_size"], made.rows["seq_len"], strict=True)
     found = [speedups.get((label, int(batch), int(length))) for label, batch, length in keys]
     title = "paper (A100, digitised)"
-    text = made.text.assign(**{title: [f"{ratio:.2f}x" if ratio else "-" for ratio in found]})
+    text = made.text.assign(**{title: [faster(r, math.nan, math.nan) if r else "-" for r in found]})
     rows = made.rows.assign(published_speedup=[ratio or math.nan for ratio in found])
     best = made.best if made.best is None else made.best.assign(**{title: False})
     note = (

@@ -7,6 +7,7 @@ a missing package, a crash and a timeout are rows too: the sweep goes on after e
 This module imports no torch: nothing of the driver lies on the GPU that is measured.
 """
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -67,9 +68,20 @@ def execute(
     """Measure every case that `run` has not closed, and those it closed with a status in `retry`.
 
     The order is the plan's. `timeout_s` holds for each case. Raises UserError where rows cannot be
-    written.
+    written, and where another process measures into this run.
     """
     _check_retry(retry)
+    with _only_writer(run):
+        return _execute(cases, run, retry, timeout_s, progress)
+
+
+def _execute(
+    cases: Iterable[Case],
+    run: Run,
+    retry: frozenset[str] | set[str],
+    timeout_s: float,
+    progress: Progress,
+) -> Summary:
     unique = {case.key: case for case in cases}
     closed = run.closed()
     queue = [case for key, case in unique.items() if closed.get(key) in {None, *retry}]
@@ -92,7 +104,9 @@ def execute(
 
 
 def check_resume(run: Run, environment: dict[str, Any]) -> None:
-    """Raises UserError where rows measured now must not join those of `run`."""
+    """Raises UserError where rows measured now must not join those of `run`, or not yet."""
+    with _only_writer(run):
+        pass  # said before anything is written; `execute` holds the lock itself
     reasons = conflicts(run.environment, environment)
     if reasons:
         raise UserError(
@@ -190,6 +204,29 @@ def _check_retry(retry: frozenset[str] | set[str]) -> None:
             f"{', '.join(sorted(RETRIABLE))}.",
             "Example: --retry oom,failed",
         )
+
+
+@contextmanager
+def _only_writer(run: Run) -> Iterator[None]:
+    """A lock on the run that ends with this process, however it ends: two would mix their rows."""
+    path = run.path / "plan.json"
+    try:
+        file = path.open("r+b")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}.", "Check the permissions of that folder."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run {run.name} is being measured by another process.",
+                "Wait until it has ended, or start a new run.",
+            ) from error
+        except OSError:  # a file system without locks cannot tell
+            pass
+        yield
 
 
 @contextmanager

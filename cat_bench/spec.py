@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +39,18 @@ class Spec:
 
     name: str  # "cat", or a path that ends in .py
     overrides: dict[str, Value] = field(default_factory=dict, hash=False)
+    typed: str = field(default="", compare=False)  # what the user wrote, for messages
 
     @cached_property
     def text(self) -> str:
         """The canonical text: parse(spec.text) == spec, and equal specs have equal texts."""
         settings = ",".join(f"{key}={_print(value)}" for key, value in self.overrides.items())
         return f"{self.name}:{settings}" if settings else self.name
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The settings that the user wrote: those of a preset are not, defaults written out are."""
+        return frozenset(_key_values(self.typed, _split(self.typed)[1]))
 
 
 class Source(NamedTuple):
@@ -96,7 +102,7 @@ def parse(text: str) -> Spec:
             )
         values[key] = _read(text, key, value_text, info.fields[key].type)
     differ = {k: v for k, v in sorted(values.items()) if not _same(v, info.fields[k].default)}
-    return Spec(info.name, differ)
+    return Spec(info.name, differ, text)
 
 
 def resolve(name: str) -> Source:
@@ -115,7 +121,10 @@ def describe(name: str) -> ArchitectureInfo:
 
 
 def tiny(spec: Spec) -> Spec:
-    """The same architecture, small enough for seconds on a CPU: what scale `smoke` measures."""
+    """The same architecture, small enough for seconds on a CPU: what --quick measures.
+
+    What the user gave stays: only defaults and a preset's settings become small.
+    """
     fields = describe(spec.name).fields
     values = {key: field.default for key, field in fields.items()} | spec.overrides
     changed = {key: size for key, size in TINY.items() if isinstance(values.get(key), int)}
@@ -123,8 +132,9 @@ def tiny(spec: Spec) -> Spec:
         width = values.get(key)
         if isinstance(width, int):
             changed[key] = max(TINY_WIDTH, width // TINY_DIVISOR)
-    settings = ",".join(f"{k}={_print(v)}" for k, v in {**spec.overrides, **changed}.items())
-    return parse(f"{spec.name}:{settings}")
+    small = {key: size for key, size in changed.items() if key not in spec.given}
+    settings = ",".join(f"{k}={_print(v)}" for k, v in {**spec.overrides, **small}.items())
+    return replace(parse(f"{spec.name}:{settings}"), typed=spec.typed)
 
 
 def _split(text: str) -> tuple[str, str]:

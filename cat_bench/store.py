@@ -222,7 +222,8 @@ def digest(environment: Mapping[str, Any]) -> str:
 def _last_attempts(rows: list[dict[str, Any]], open_cases: bool) -> list[dict[str, Any]]:
     """The rows of every case's last attempt. An attempt ends with its closing row.
 
-    A retry replaces the case whole: an old attempt's metrics never stand beside a new status.
+    A retry replaces the case whole: an old attempt's metrics never stand beside a new status. One
+    `append` stamps all its rows alike, which tells rows apart that a torn attempt left behind.
     """
     closed: dict[str, dict[str, dict]] = {}  # case -> metric -> row
     unfinished: dict[str, dict[str, dict]] = {}
@@ -230,7 +231,9 @@ def _last_attempts(rows: list[dict[str, Any]], open_cases: bool) -> list[dict[st
         attempt = unfinished.setdefault(row["case"], {})
         attempt[row["metric"]] = row
         if row["metric"] == CLOSING:
-            closed[row["case"]] = unfinished.pop(row["case"])
+            whole = unfinished.pop(row["case"])
+            together = {name: r for name, r in whole.items() if r["at"] == row["at"]}
+            closed[row["case"]] = together if len(together) > 1 else whole
     chosen = closed | unfinished if open_cases else closed
     return [row for attempt in chosen.values() for row in attempt.values()]
 

@@ -24,8 +24,9 @@ import torch
 
 from cat_bench.architecture import Architecture, build, load_module, make_config
 from cat_bench.case import Case, Record
-from cat_bench.environment import PACKAGES, clock_state
+from cat_bench.environment import clock_state
 from cat_bench.errors import UserError
+from cat_bench.packages import install_command
 from cat_bench.spec import Spec, parse
 from cat_bench.suites import load
 
@@ -112,11 +113,10 @@ def _require_package(spec: Spec, decode_path: str) -> None:
     """A path's missing package is one sentence, not an ImportError from deep inside."""
     module = getattr(load_module(spec), "REQUIRES", {}).get(decode_path)
     if module and importlib.util.find_spec(module) is None:
-        install = {package.module: package.install for package in PACKAGES}
         raise UserError(
             f"decode path '{decode_path}' of {spec.text} needs the package {module}, "
             "which is not installed.",
-            f"Install it: {install.get(module, f'pip install {module}')}",
+            f"Install it: {install_command(module)}",
         )
 
 

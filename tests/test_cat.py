@@ -353,3 +353,37 @@ def test_a_config_that_cannot_work_is_refused(settings: dict[str, object], reaso
 def test_labels() -> None:
     assert cat.Config().label == "CAT-8"
     assert dataclasses.replace(cat.Config(), chunk_size=16).label == "CAT-16"
+
+
+@pytest.mark.parametrize("field", ["compressor_layers", "decoder_width", "num_layers"])
+def test_an_explicit_zero_is_refused_and_no_default(field: str) -> None:
+    with pytest.raises(ValueError, match="got"):
+        cat.Config(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        ({}, "CAT-8"),
+        ({"chunk_size": 16, "max_len": 4096}, "CAT-16"),
+        ({"compressor_layers": 3}, "CAT-8-q"),
+        ({"decoder_width": 1024}, "CAT-1x-8"),
+        ({"rope": "growing"}, "CAT-8 (rope=growing)"),
+        ({"num_layers": 8}, "CAT-8 (num_layers=8)"),
+        ({"width": 768}, "CAT-8 (width=768)"),
+    ],
+)
+def test_a_label_hides_no_setting(overrides: dict, label: str) -> None:
+    assert cat.Config(**overrides).label == label
+
+
+@torch.no_grad()
+def test_any_id_pads_a_ragged_batch_also_one_outside_the_vocabulary() -> None:
+    config = cat.Config(chunk_size=3, width=64, num_layers=1, vocab_size=31, max_len=24)
+    model = cat.Model(config)
+    tokens = torch.randint(31, (2, 11))
+    lengths = torch.tensor([4, 11])
+    expected, _ = model.prefill(tokens, model.init_state(2, 24), lengths)
+    tokens[0, 4:] = -100
+    got, _ = model.prefill(tokens, model.init_state(2, 24), lengths)
+    assert torch.equal(got, expected)

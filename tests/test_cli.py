@@ -1,6 +1,7 @@
 """The command line: streams, exit codes, one clear sentence for every kind of bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from cat_bench import cli, store
+from cat_bench import cli, runner, store
 
 TINY_RUN = ("efficiency", "-a", "dense", "--quick", "--batch-size", "1", "--seq-len", "16")
 FAULTY = '''"""Dense with a planted fault."""
@@ -116,6 +118,19 @@ def refused(answer: Answer, *parts: str) -> None:
         ("-a dense --match size", ["--match 'size' is unknown"]),
         ("-a dense --decode-path warp", ["no decode path 'warp'; it has: eager"]),
         ("-a dense --quick --device cuda", ["--quick runs on the CPU"]),
+        ("-a dense:width=100 --quick", ["width=100: width must be a positive multiple of 64"]),
+        ("-a dense -a cat-8 --quick --match params", ["--match chooses widths, but --quick"]),
+        ("-a dense -a dense-2d --match params", ["dense-2d: --match", "set by the preset"]),
+        ("-a dense --timeout 0", ["--timeout 0 is no time", "Example: --timeout 3600"]),
+        ("-a dense --timeout -5", ["--timeout -5 is no time"]),
+        ("-a dense --timeout nan", ["--timeout nan is no time"]),
+        ("-a dense --gpu H100", ["--gpu only predicts", "--dry-run"]),
+        ("-a dense --gpu H100 --device cpu --dry-run", ["--gpu H100 predicts for cuda, got --dev"]),
+        ("-a dense --gpu H100 --quick --dry-run", ["--gpu H100 predicts for cuda, got --quick"]),
+        (
+            "-a dense --gpu T4 --device cuda --dry-run",
+            ["--gpu 'T4' is unknown", "H100, H200, A100"],
+        ),
         ("-a no/such/file.py", ["no architecture file at 'no/such/file.py'"]),
         ("", ["no architecture was given"]),
     ],
@@ -144,9 +159,32 @@ def test_a_missing_package_is_refused(cat_bench: Cli, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            "import a_package_of_nobody.part",
+            ["mine.py imports the package a_package_of_nobody, which is not", "pip install a_pack"],
+        ),
+        ("import mamba_ssm.ops", ["imports the package mamba_ssm", "mamba-ssm==2"]),
+        ("from json import no_such_name", ["mine.py cannot be imported: cannot import name"]),
+        ("def broken(:", ["mine.py is not valid Python"]),
+        ("return 1", ["mine.py is not valid Python: 'return' outside function", "line 2"]),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_one_sentence(
+    cat_bench: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, parts: list[str]
+):
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # absent, also where it is installed
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY.replace("from dataclasses", f"{line}\nfrom dataclasses", 1))
+    refused(cat_bench("run", "efficiency", "-a", mine, "--quick", "--dry-run"), *parts)
+
+
+@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["run"], ["run needs a suite"]),
+        (["list", "runs", "--results", __file__], ["test_cli.py is a file", "Give the folder"]),
         (["run", "eficiency"], ["unknown suite 'eficiency'. Did you mean: efficiency?"]),
         (["run", "--resume", "none"], ["no run 'none'"]),
         (["show", "7"], ["no run '7'", "cat-bench run"]),
@@ -204,9 +242,21 @@ def test_a_resume_on_another_gpu_is_refused_and_changes_nothing(cat_bench: Cli, 
     assert before == {p.name: p.read_bytes() for p in one_run.iterdir()}
 
 
-def test_a_resume_takes_no_new_plan(cat_bench: Cli, one_run: Path):
-    answer = cat_bench("run", "efficiency", "-a", "dense", "--resume", "first")
-    refused(answer, "--resume continues a run as it was planned")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("efficiency -a dense", "the suite, --arch"),
+        ("--batch-size 7", "--batch-size"),
+        ("--seed 0", "--seed"),  # also at its default: it was asked for
+        ("--dry-run --quick --name x", "--name, --dry-run, --quick"),
+        ("--match params --repeats 3", "--repeats, --match"),
+    ],
+)
+def test_a_resume_takes_no_new_plan(cat_bench: Cli, one_run: Path, arguments: str, named: str):
+    answer = cat_bench("run", *arguments.split(), "--resume", "first")
+    refused(answer, f"--resume continues a run as it was planned, but got {named}.")
+    taken = cat_bench("run", "--resume", "first", "--retry", "oom", "--timeout", "60", "--json")
+    assert taken.code == 0
 
 
 def test_retry_of_an_unknown_status_is_refused(cat_bench: Cli, one_run: Path):
@@ -233,9 +283,69 @@ def test_dry_run_prints_the_plan_and_runs_nothing(cat_bench: Cli, results_folder
     assert answer.code == 0 and not results_folder.exists()
     assert "plan: 4 cases, 2 architectures, bfloat16, cpu, eager, seed 0" in answer.out
     dense = next(line for line in answer.out.splitlines() if "Dense" in line and "512" in line)
-    assert "24.00 GiB" in dense  # 2 x 12 layers x 512 x 1024 tokens x 1024 x 2 bytes
+    assert " 24.00 " in dense  # GiB: 2 x 12 layers x 512 x 1024 tokens x 1024 x 2 bytes
     plan = json.loads(cat_bench(*arguments, "--json").out)
     assert {row["label"] for row in plan} == {"Dense", "CAT-8"}
+
+
+def test_a_plan_for_a_gpu_that_is_not_here(cat_bench: Cli):
+    arguments = ("run", "efficiency", "-a", "dense", "--batch-size", "512,2048", "--dry-run")
+    lines = cat_bench(*arguments, "--gpu", "H200").out.splitlines()
+    assert "cuda, cuda_graph" in lines[0]
+    assert "fits in 131.3 GiB (H200, assumed)" in lines[1] and "floor s" in lines[1]
+    assert lines[2].split()[-2] == "yes" and float(lines[2].split()[-1]) > 1
+    small = cat_bench(*arguments, "--gpu", "H100").out.splitlines()
+    assert "fits in 74.5 GiB (H100, assumed)" in small[1]
+    assert small[3].split()[-2:] == ["NO", "-"]  # 106 GiB
+
+
+def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
+    arguments = ("run", "efficiency", "-a", "dense", "--seq-len", "1024", "--device", "cpu")
+    answer = cat_bench(*arguments, "--batch-size", "1,1000000", "--dry-run")
+    header, small, large = answer.out.splitlines()[1:4]
+    assert "GiB (host)" in header and "params M" in header and "non-embedding M" in header
+    assert small.split()[-2] == "yes" and large.split()[-2] == "NO"
+
+
+def test_paper_on_a_gpu_measures_the_drift_reference(
+    cat_bench: Cli, results_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cli, "_check_machine", lambda cases: None)
+    monkeypatch.setattr(cli, "_measure", lambda target, cases, *_: runner.Summary())
+    cat_bench("paper", "fig2", "--scale", "h100", "--run")
+    planned = list(store.find(results_folder, "fig2-h100").cases().values())
+    references = [i for i, case in enumerate(planned) if case.settings]
+    num_cases = len(planned) - len(references)
+    assert references == [*(21 * k for k in range(math.ceil(num_cases / 20))), len(planned) - 1]
+    for number, index in enumerate(references):
+        case = planned[index]
+        assert case.settings == (("reference", str(number)),)
+        assert (case.arch, case.batch_size, case.seq_len) == ("dense", 16, 1024)
+        assert (case.scale, case.device, case.dtype) == ("h100", "cuda", "bfloat16")
+    shapes = [(case.arch, case.batch_size) for case in planned if not case.settings]
+    assert shapes != sorted(shapes)  # still in random order
+
+
+def test_paper_names_the_runs_that_it_skipped(cat_bench: Cli, monkeypatch: pytest.MonkeyPatch):
+    from cat_bench.paper import _build
+
+    built = SimpleNamespace(statuses=[], files=[], report_html=None, skipped=("0007-x: broken.",))
+    monkeypatch.setattr(_build, "build", lambda *_: built)
+    answer = cat_bench("paper", "fig4", "--json")
+    assert answer.code == 0 and "warning: 0007-x: broken." in answer.err
+    assert json.loads(answer.out)["files"] == []
+
+
+def test_listing_runs_counts_closed_cases_without_parsing_samples(
+    cat_bench: Cli, one_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = one_run / "records.jsonl"
+    rows.write_bytes(rows.read_bytes() * 2 + b'{"case": "torn", "metric": "case"')
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Run, "_rows", lambda self: 1 / 0)
+        assert "1 of 1 cases" in cat_bench("list", "runs").out
+    rows.write_bytes(b"")
+    assert "0 of 1 cases" in cat_bench("list", "runs").out
 
 
 def test_match_changes_the_width_of_the_others(cat_bench: Cli):

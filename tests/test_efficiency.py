@@ -56,6 +56,17 @@ def test_reference_cases_come_first_last_and_in_between() -> None:
     assert len({case.key for case in cases}) == len(cases)
 
 
+def test_hints_show_sensible_numbers() -> None:
+    for options, hint in (
+        (Options(repeats=0), "Example: --repeats 10"),
+        (Options(reference_every=0), "Example: --reference-every 20"),
+        (Options(seq_lens=(0,)), "Example: --seq-len 1024"),
+    ):
+        with pytest.raises(UserError) as error:
+            plan([parse("dense")], options)
+        assert error.value.hint == hint
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

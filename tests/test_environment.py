@@ -1,6 +1,7 @@
 """The machine behind a number: provenance, NVML with and without a GPU, resume rules, doctor."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -38,6 +39,8 @@ def gpu(monkeypatch):
         "nvmlDeviceGetHandleByUUID": lambda uuid: f"GPU {uuid}",
         "nvmlSystemGetDriverVersion": lambda: "580.95.05",
         "nvmlDeviceGetName": lambda device: "NVIDIA H200",
+        "nvmlDeviceGetUUID": lambda device: f"UUID of {device}",
+        "nvmlDeviceGetIndex": lambda device: int(device.split()[-1]),
         "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(total=150_754_820_096),
         "nvmlDeviceGetEnforcedPowerLimit": lambda device: 700_000,
         "nvmlDeviceGetMaxClockInfo": lambda device, kind: {"sm": 1980, "mem": 3201}[kind],
@@ -60,6 +63,16 @@ def gpu(monkeypatch):
 
 def refuse(*_):
     raise NVMLError("Not Supported")
+
+
+def test_the_very_device_is_captured_but_forbids_no_resume(gpu, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    third = environment.capture(["cat-bench"])
+    assert (third["gpu_uuid"], third["gpu_index"]) == ("UUID of GPU 3", 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert environment.conflicts(third, environment.capture(["cat-bench"])) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert environment.capture(["cat-bench"])["gpu_uuid"] is None
 
 
 # --- NVML -----------------------------------------------------------------------------------------
@@ -112,6 +125,11 @@ def test_no_nvml_is_no_error(gpu, monkeypatch, without):
 def test_the_first_visible_gpu_is_asked(gpu, monkeypatch, visible, device):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert environment.nvml_device() == device
+
+
+def test_listing_needs_no_package_metadata():
+    code = "import sys, cat_bench.environment; sys.exit('importlib.metadata' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_every_reason_is_a_flag_of_its_own():

@@ -78,7 +78,7 @@ def test_interval_bars_span_low_to_high() -> None:
 
 def test_legend_names_each_once_and_marks_the_paper() -> None:
     texts = legend_texts(draw(rows(), published()))
-    assert texts == ["Dense", "CAT-8", "Something new", "paper (A100, digitised)"]
+    assert texts == ["Dense", "CAT-8", "Something new", "dotted, hollow: paper (A100, digitised)"]
 
 
 def test_seconds_of_another_gpu_are_never_drawn_but_ratios_are() -> None:
@@ -96,7 +96,66 @@ def test_seconds_of_the_same_gpu_are_drawn() -> None:
 def test_paper_alone_is_drawn_where_nothing_was_measured() -> None:
     figure = draw(pd.DataFrame(), published())
     assert len(hollow(figure.axes[0])) == 2
-    assert legend_texts(figure) == ["Dense", "CAT-8", "paper (A100, digitised)"]
+    assert legend_texts(figure) == ["Dense (paper)", "CAT-8 (paper)"]
+
+
+def test_what_only_the_paper_measured_says_so_in_the_legend() -> None:
+    points = [
+        Point("fig2", row, "latency_s", 1.0, "s", "digitised", {"batch_size": 16})
+        for row in ("Dense", "Mamba2", "BASED (patched)")
+    ]
+    figure = draw(rows(), points)
+    texts = legend_texts(figure)
+    assert "Dense" in texts and "Mamba2 (paper)" in texts and "BASED (patched, paper)" in texts
+    (ours, *_, paper) = figure.legends[0].get_lines()
+    assert ours.get_marker() == "o" and paper.get_marker() in ("", "None", None)
+
+
+def test_the_papers_points_without_a_place_on_the_axis_are_a_level_line() -> None:
+    points = [
+        Point("fig6", "Mamba2", "latency_s", 4.0, "s", "digitised", {"d_state": 16}),
+        Point("fig6", "Mamba2", "latency_s", 8.0, "s", "digitised", {"d_state": 64}),
+        Point("fig2", "Dense", "latency_s", 8.0, "s", "digitised", {"batch_size": 512}),
+    ]
+    panels = [figures.LATENCY, figures.SPEEDUP]
+    figure = figures.efficiency_figure(pd.DataFrame(), points, figures.D_STATE, CAPTION, panels)
+    latency, speedup = figure.axes
+    dense = [line for line in latency.lines if line.get_color() == figures.LOOKS["Dense"].color]
+    assert [list(line.get_ydata()) for line in dense] == [[8.0, 8.0]]
+    assert dense[0].get_marker() == "None" and dense[0].get_linestyle() != "-"
+    assert [list(line.get_ydata()) for line in hollow(speedup)] == [[2.0, 1.0]]
+    in_legend = dict(zip(legend_texts(figure), figure.legends[0].get_lines(), strict=True))
+    assert in_legend["Dense (paper)"].get_marker() in ("", "None", None)
+    assert in_legend["Mamba2 (paper)"].get_marker() == "P"
+
+
+def tick_labels(axes) -> list[str]:
+    """Those of the y axis that can be seen."""
+    low, high = axes.get_ylim()
+    format_tick = axes.yaxis.get_major_formatter()
+    return [format_tick(tick) for tick in axes.get_yticks() if low <= tick <= high]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.04, 1.3, 1.51, 1.7, 2.3, 4.1, 9.0, 77.0, 3e4])
+@pytest.mark.parametrize("start", [0.0043, 0.11, 0.19, 1.01, 2.05, 3.3, 7.1, 420.0])
+def test_every_y_axis_has_two_labels_and_is_linear_only_where_values_are_close(
+    start: float, factor: float
+) -> None:
+    table = rows()[lambda t: t["label"] == "CAT-8"].iloc[:2]
+    table = table.assign(latency_s=[start, start * factor], latency_s_low=None, latency_s_high=None)
+    figure = draw(table.astype({"latency_s_low": float, "latency_s_high": float}))
+    axes = figure.axes[0]
+    assert axes.get_yscale() == ("log" if factor >= 1.5 else "linear")
+    assert factor >= 1.5 or axes.get_ylim()[0] == 0
+    assert len(set(tick_labels(axes))) >= 2
+
+
+@pytest.mark.parametrize("largest", [3.0, 30.0])
+def test_ratios_follow_the_same_rule_whatever_their_size(largest: float) -> None:
+    """Figure 2's memory reduction stays below 10, Figure 3's does not."""
+    table = rows().assign(memory_ratio=[1.0] * 3 + [0.5, 2.0, largest] + [2.0] * 3)
+    reduction = draw(table).axes[3]
+    assert reduction.get_yscale() == "log" and len(tick_labels(reduction)) >= 2
 
 
 def test_out_of_memory_is_a_cross_at_the_upper_edge() -> None:
@@ -126,7 +185,9 @@ def test_what_has_no_place_on_the_axis_is_a_level_line() -> None:
 def test_known_looks_differ_and_unknown_ones_get_one_too() -> None:
     pairs = {(look.color, look.marker) for look in figures.LOOKS.values()}
     assert len(pairs) == len(figures.LOOKS)  # the line style alone must not have to tell them apart
-    assert figures.look("BASED (patched)") == figures.LOOKS["BASED"]
+    patched, unpatched = (figures.look(f"BASED ({word})") for word in ("patched", "unpatched"))
+    assert patched == figures.LOOKS["BASED"]
+    assert patched.color != unpatched.color and patched.marker != unpatched.marker
     assert figures.look("mine", 0) != figures.look("mine too", 1)
 
 

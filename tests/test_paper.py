@@ -1,5 +1,6 @@
 """Exhibits: plans share cases, statuses are honest, and one device makes one exhibit."""
 
+import html
 import importlib
 import json
 import re
@@ -32,8 +33,9 @@ def measure(
         )
         rows = [
             Record(case.key, "latency_s", seconds, "s", [seconds] * 5),
-            Record(case.key, "peak_allocated_bytes", seconds * 2**30, "bytes"),
+            Record(case.key, "peak_reserved_bytes", seconds * 2**30, "bytes"),
             Record(case.key, "floor_s", seconds / 2, "s"),
+            Record(case.key, "step_s", seconds / 100, "s", [seconds / 100] * 100),
         ]
         run.append(
             [*(rows if status == "ok" else []), Record(case.key, "case", 1.0, "s", status=status)]
@@ -155,6 +157,68 @@ def test_one_exhibit_comes_from_one_device_and_the_newest_closing_wins(tmp_path)
     assert sorted(found.statuses.values()) == ["ok"] * 4 + ["oom"]
 
 
+def test_runs_made_at_the_same_time_are_not_mixed(tmp_path, monkeypatch) -> None:
+    """The highest folder number wins for every case, whichever run closed it last."""
+    cases = plan("fig5")[:2]
+    runs = [measure(tmp_path, []), measure(tmp_path, [])]
+    moments = iter(range(10, 100))
+    monkeypatch.setattr(store, "_now", lambda: f"2026-01-01T00:00:{next(moments)}.000Z")
+    for run, case in ((0, 0), (1, 0), (1, 1), (0, 1)):
+        runs[run].extend_plan([cases[case]], {})
+        runs[run].append([Record(cases[case].key, "case", 1.0, "s")])
+    records = _build.find(_build.all_records(tmp_path)[0], cases).records
+    assert set(records.loc[records["chosen"], "run"]) == {"0002-made-up"}
+    assert set(records["run"]) == {"0001-made-up", "0002-made-up"}  # for ratios inside a run
+
+
+def test_headings_and_captions_name_the_runs(tmp_path) -> None:
+    cases = plan("fig5")
+    names = [measure(tmp_path, part).name for part in (cases, cases[:-1])]
+    found = _build.find(_build.all_records(tmp_path)[0], cases)
+    content = _build.exhibit("fig5").render(found.records, _build.points_of("fig5"), "h100")
+    assert [f"runs {', '.join(names)}." in table.heading for table in content.tables] == [True] * 2
+    assert f"runs {', '.join(names)}." in caption_of(content)
+    measure(tmp_path, plan("table3"))
+    found = _build.find(_build.all_records(tmp_path)[0], plan("table3"))
+    (table,) = _build.exhibit("table3").render(found.records, _published.points("table3"), "h100")[
+        0
+    ]
+    assert "; run 0003-made-up." in table.heading and _curves.PEAKS in table.notes
+
+
+def caption_of(content: _settings.Content) -> str:
+    return content.figure.get_supxlabel().replace("\n", " ")
+
+
+def test_captions_say_how_peaks_differ_and_where_intervals_are(tmp_path) -> None:
+    measure(tmp_path, plan("fig5"))
+    records = _build.find(_build.all_records(tmp_path)[0], plan("fig5")).records
+    says = caption_of(_build.exhibit("fig5").render(records, _build.points_of("fig5"), "h100"))
+    assert says.count(_curves.PEAKS) == 1
+    assert "95 % intervals are narrower than the markers where no bar is visible." in says
+
+
+def test_figures_of_the_paper_alone_say_whose_rows_are_missing(tmp_path) -> None:
+    """Dense is measured; what these figures are about is not."""
+    measure(tmp_path, plan("fig7"))
+    for name, subject in (("fig6", "Mamba2"), ("fig7", "BASED"), ("fig8", "BASED")):
+        records = _build.find(_build.all_records(tmp_path)[0], plan(name)).records
+        says = caption_of(_build.exhibit(name).render(records, _build.points_of(name), "h100"))
+        assert f"No row of {subject} yet: the paper's points" in says
+    nothing = _build.all_records(tmp_path / "empty")[0]
+    content = _build.exhibit("fig2").render(nothing, _build.points_of("fig2"), "h100")
+    assert "No row of ours yet" in caption_of(content)
+
+
+def test_figure_6_has_dense_as_one_level_line(tmp_path) -> None:
+    nothing = _build.all_records(tmp_path)[0]
+    content = _build.exhibit("fig6").render(nothing, _build.points_of("fig6"), "h100")
+    dense = [line for line in content.figure.axes[0].lines if line.get_color() == "#000000"]
+    assert [list(line.get_ydata()) for line in dense] == [[11.68, 11.68]]
+    assert len(content.figure.axes[1].lines) == 2  # Mamba2 against the paper's Dense, and 1
+    assert (content.plotted["label"] == "Dense").sum() == 1
+
+
 def test_a_ratio_takes_dense_from_its_own_run(tmp_path) -> None:
     """Also where a newer run measured Dense again: speeds of two runs make no ratio."""
     cases = plan("fig5")
@@ -182,7 +246,7 @@ def test_build_measures_what_is_missing_once_and_writes_all_files(tmp_path) -> N
     names = {path.name for path in built.files}
     assert names == {
         *(f"fig3.{e}" for e in ("svg", "pdf", "png", "csv")),
-        *(f"fig3_table.{e}" for e in ("md", "tex", "csv")),
+        *(f"fig3_{table}.{e}" for table in ("table", "steps") for e in ("md", "tex", "csv")),
         *(f"fig4.{e}" for e in ("svg", "pdf", "png")),
         *(f"table2.{e}" for e in ("md", "tex", "csv")),
     }
@@ -192,6 +256,9 @@ def test_build_measures_what_is_missing_once_and_writes_all_files(tmp_path) -> N
     assert "cat-bench paper fig3 --run" in page
     assert "The four scores of this row average 13.85." in page  # the paper's remarks
     assert not re.search(r"(src|href)=\"(?!#)", page.replace("xlink:href", ""))
+    assert "<h3>Figure 3: latency and memory over the length, per token</h3>" in page
+    assert page.count("<table>") == page.count('<div class="wide"><table>') + 1  # the contents
+    assert "<th" in page.split("per token</h3>")[1].split("</table>")[0]
     table = (tmp_path / "paper" / "h100" / "fig3_table.md").read_text()
     assert "2.00x faster [2.00, 2.00]" in table and "50 %" in table
     assert "latency, CAT-8 against Dense: lower everywhere from 1024 to 4096." in table
@@ -203,6 +270,11 @@ def test_a_broken_run_stops_no_figure(tmp_path) -> None:
     broken.mkdir()
     (broken / "environment.json").write_text("{")
     assert status_of(tmp_path, "fig5").status.startswith("partial 1/")
+    built = _build.build(["table1"], "h100", tmp_path)
+    (text,) = built.skipped
+    assert text.startswith("0002-broken is left out: ") and "environment.json" in text
+    page = html.unescape(built.report_html.read_text())
+    assert "Warning: run folders that cannot be read" in page and text in page
 
 
 def test_smoke_tables_and_figures_are_stamped(tmp_path) -> None:
@@ -249,7 +321,7 @@ def test_crossings_are_interpolated_on_logarithmic_axes() -> None:
     flat = {1.0: 2.0, 4.0: 2.0, 16.0: 2.0}
     assert _curves.crossings(flat, dense) == pytest.approx([2.0])
     assert _curves.crossing_text(flat, dense, figures.BATCH) == (
-        "crosses at batch size 2, lower at 16"
+        "crosses at batch size about 2 (interpolated), lower at 16"
     )
     assert _curves.crossing_text(dense, {1.0: 0.5, 16.0: 1.0}, figures.BATCH) == (
         "higher everywhere from 1 to 16"

@@ -291,6 +291,19 @@ def test_remarks_name_the_contradictions():
     assert remarks("table6") == []
 
 
+def test_table_1_is_table_9_with_one_digit_except_where_it_says_so():
+    """Rounded or cut; the remark names the one cell that is neither."""
+    printed = {(p.row, p.metric): p.value for p in points("table9")}
+    others = []
+    for point in points("table1"):
+        full = printed.get((point.row, point.metric))
+        if full is not None and abs(point.value - full) > 0.095:
+            others.append((point.row, point.metric, point.value, full))
+    assert others == [("GDN", "wikitext_ppl", 26.6, 26.50)]
+    (remark,) = [text for text in remarks("table1") if "those of Table 9" in text]
+    assert "cut" in remark and "but for GDN's WikiText (26.6; Table 9: 26.50)" in remark
+
+
 def test_remarks_say_which_number_they_are_about():
     assert "GDN, mean: The four scores of this row average 13.85." in remarks("table2")
     assert "GDN, mean, recomputed 13.85 %: Printed as 14.1." in remarks("table2")

@@ -347,6 +347,29 @@ def test_progress_tells_the_next_case_and_the_time_left(measured, tmp_path):
     ]
 
 
+def test_a_second_writer_is_refused_until_the_first_has_ended(measured, tmp_path):
+    case = plain_case("ok")
+    run = new_run(tmp_path, [case])
+    refusals = []
+
+    def second_writer(*_):
+        for attempt in (
+            lambda: runner.execute([case], Run.open(run.path)),
+            lambda: runner.check_resume(Run.open(run.path), {"source_hash": "a"}),
+        ):
+            with pytest.raises(UserError) as caught:
+                attempt()
+            refusals.append(str(caught.value))
+
+    assert runner.execute([case], run, progress=second_writer).ok == 1
+    assert len(refusals) == 4  # before the case and at the end
+    for refusal in refusals:
+        assert "run 0001-test is being measured by another process" in refusal
+        assert "Wait" in refusal and "start a new run" in refusal
+    assert measured == [case.key]
+    assert runner.execute([case], run).skipped == 1
+
+
 def test_sigterm_is_itself_again_after_the_sweep(measured, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     runner.execute([plain_case("ok")], new_run(tmp_path, [plain_case("ok")]))

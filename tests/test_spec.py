@@ -134,6 +134,25 @@ def test_the_directory_is_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert spec.parse("mine-wide").text == "mine:width=128"
 
 
+@pytest.mark.parametrize(
+    ("typed", "tiny"),
+    [
+        ("dense", "dense:num_layers=2,vocab_size=256,width=64"),
+        ("dense-2d", "dense:num_layers=2,vocab_size=256,width=128"),  # a preset becomes small
+        ("dense:width=128", "dense:num_layers=2,vocab_size=256,width=128"),
+        ("dense:width=1024", "dense:num_layers=2,vocab_size=256"),  # a default, but asked for
+        ("dense:num_layers=5,vocab_size=99", "dense:num_layers=5,vocab_size=99,width=64"),
+        (
+            "cat:decoder_width=256",
+            "cat:decoder_width=256,num_layers=2,vocab_size=256,width=64",
+        ),
+    ],
+)
+def test_quick_keeps_what_the_user_gave(typed: str, tiny: str):
+    made = spec.tiny(spec.parse(typed))
+    assert (made.text, made.typed) == (tiny, typed)
+
+
 def test_own_names_resolve_to_modules():
     assert spec.resolve("cat").module == "cat_bench.cat"
     assert spec.resolve("dense").module == "baselines.dense"

@@ -581,3 +581,15 @@ def test_listing_and_finding_runs_needs_no_pandas_and_no_torch(run: Run):
         check=True,
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_rows_of_a_torn_attempt_never_join_the_next_one(tmp_path: Path, monkeypatch) -> None:
+    """A process died inside `append`; the case ran again and ended without that metric."""
+    case = Case("efficiency", "dense", 1, 8, 16, "float32", "cpu")
+    run = Run.create(tmp_path, "torn", {}, [case])
+    monkeypatch.setattr(store, "_now", lambda: "2026-01-01T00:00:00.000Z")
+    run.append([Record(case.key, "latency_s", 1.0, "s")])  # its closing row never arrived
+    monkeypatch.setattr(store, "_now", lambda: "2026-01-01T00:00:01.000Z")
+    again = [Record(case.key, "weights_bytes", 2.0, "bytes"), Record(case.key, "case", 1.0, "s")]
+    run.append(again)
+    assert set(run.records()["metric"]) == {"weights_bytes", "case"}

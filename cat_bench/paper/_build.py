@@ -1,8 +1,9 @@
 """Exhibits from stored runs: which cases exist, what status that means, files and the HTML report.
 
-A case counts where a run has closed it, the newest closing wins, and all rows of one exhibit come
-from one device: the one with most of its cases. Files: results/paper/<scale>/<exhibit>.md .tex .csv
-for tables, .svg .pdf .png .csv for figures, and report.html with all of them.
+A case counts where a run has closed it; of several runs the one with the highest folder number
+counts, so that runs made at the same time are not mixed point by point. All rows of one exhibit
+come from one device: the one with most of its cases. Files: results/paper/<scale>/<exhibit>.md .tex
+.csv for tables, .svg .pdf .png .csv for figures, and report.html with all of them.
 """
 
 import importlib
@@ -37,6 +38,7 @@ class Built:
     statuses: list[Status]
     files: list[Path]
     report_html: Path | None
+    skipped: tuple[str, ...] = ()  # run folders that cannot be read, and why: warnings
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def build(
 ) -> Built:
     """Render `names` from what exists; `run_missing` measures, once, all cases that do not."""
     _settings.scale_of(scale)
-    records, runs = all_records(results)
+    records, runs, skipped = all_records(results)
     if run_missing:
         run_missing(missing_cases(names, scale, records))
-        records, runs = all_records(results)
+        records, runs, skipped = all_records(results)
     folder = results / "paper" / scale
     files: list[Path] = []
     drawn: dict[str, Content] = {}
@@ -89,8 +91,9 @@ def build(
         made.append(_status(name, found, index[name]))
     _write_index(folder, index)
     html = folder / "report.html"
-    html.write_text(_html(scale, made, drawn, folder, runs, records), encoding="utf-8")
-    return Built(made, files, html)
+    sections = [*_left_out(skipped), *(_section(s, drawn[s.name], folder) for s in made)]
+    html.write_text(_html(scale, sections, runs, records), encoding="utf-8")
+    return Built(made, files, html, skipped)
 
 
 def exhibit(name: str) -> ModuleType:
@@ -109,34 +112,39 @@ def points_of(name: str) -> list:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run]]:
-    """The rows of all runs that can be read. A broken run folder stops nobody else's figures."""
-    runs = []
+def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str, ...]]:
+    """The rows of all runs that can be read, those runs, and a text per folder that cannot.
+
+    A broken run folder stops nobody else's figures.
+    """
+    runs, skipped = [], []
     for path in store.folders(results):
         try:
             run = store.Run.open(path)
             store.frame([run])
-        except UserError:  # `cat-bench show` of that run says what is wrong with it
+        except UserError as error:
+            skipped.append(f"{path.name} is left out: {error.message} {error.hint}".strip())
             continue
         runs.append(run)
-    return report.frame(runs), runs
+    return report.frame(runs), runs, tuple(skipped)
 
 
 def find(records: pd.DataFrame, planned: list[Case]) -> Found:
-    """The newest closed rows of `planned`, all from the device that has most of them.
+    """The closed rows of `planned`, per case of the last run that closed it, all from one device.
 
     All other closed rows of that device come along with "chosen" False: a ratio to Dense is taken
-    inside one run, also where another run has the newer Dense.
+    inside one run, also where a later run has another Dense.
     """
     keys = {case.key for case in planned}
     closing = records[(records["metric"] == store.CLOSING) & records["case"].isin(keys)]
-    newest = closing.sort_values("at", kind="stable").drop_duplicates(
+    closing = closing.assign(number=closing["run"].map(_run_number))
+    newest = closing.sort_values("number", kind="stable").drop_duplicates(
         ["case", "device_name"], keep="last"
     )
     if newest.empty:
         return Found(planned, records.iloc[:0], None, (), {})
     counts = Counter(newest["device_name"])
-    latest = newest.groupby("device_name")["at"].max()
+    latest = newest.groupby("device_name")["number"].max()
     device = max(counts, key=lambda name: (counts[name], latest[name]))
     chosen = newest[newest["device_name"] == device]
     pairs = pd.MultiIndex.from_frame(chosen[["run", "case"]])
@@ -145,6 +153,11 @@ def find(records: pd.DataFrame, planned: list[Case]) -> Found:
     by_case = dict(zip(chosen["case"], chosen["status"], strict=True))
     others = tuple(sorted(name for name in counts if name != device))
     return Found(planned, rows, device, others, by_case)
+
+
+def _run_number(name: str) -> int:
+    """12 of "0012-fig2-h100": the order in which runs were started."""
+    return int(name.partition("-")[0])
 
 
 def missing_cases(names: Sequence[str], scale: str, records: pd.DataFrame) -> list[Case]:
@@ -231,7 +244,7 @@ def write(drawn: Content, folder: Path, name: str) -> list[Path]:
         paths.append(folder / f"{name}.csv")
         drawn.plotted.to_csv(paths[-1], index=False, lineterminator="\n")
     for table in drawn.tables:
-        stem = name if drawn.figure is None else f"{name}_table"
+        stem = name if drawn.figure is None else f"{name}_{table.suffix}"
         for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
             paths.append(folder / f"{stem}.{ending}")
             paths[-1].write_text(report.WRITERS[form](table), encoding="utf-8")
@@ -240,17 +253,20 @@ def write(drawn: Content, folder: Path, name: str) -> list[Path]:
 
 def _html(
     scale: str,
-    made: Sequence[Status],
-    drawn: dict[str, Content],
-    folder: Path,
+    sections: Sequence[report.Section],
     runs: Sequence[store.Run],
     records: pd.DataFrame,
 ) -> str:
-    sections = [_section(status, drawn[status.name], folder) for status in made]
     of_scale = set(records.loc[records["scale"] == scale, "run"])
     environments = [run.environment for run in runs if run.name in of_scale]
     title = f"cat-bench: the paper's exhibits, {_settings.scale_of(scale).says}"
     return report.html_page(title, sections, environments)
+
+
+def _left_out(skipped: tuple[str, ...]) -> list[report.Section]:
+    """First on the page: which runs are in no exhibit because their folders cannot be read."""
+    title = "Warning: run folders that cannot be read"
+    return [report.Section(title, "left-out", remarks=skipped)] if skipped else []
 
 
 def _section(status: Status, drawn: Content, folder: Path) -> report.Section:
@@ -258,6 +274,7 @@ def _section(status: Status, drawn: Content, folder: Path) -> report.Section:
     svgs = (svg.read_text(encoding="utf-8"),) if drawn.figure is not None else ()
     named = {point.exhibit for point in _published.load()}
     remarks = _published.remarks(status.name) if status.name in named else ()
+    remarks = tuple(f"Remark: {remark}" for remark in remarks)
     word = f"{status.status} ({status.detail})" if status.detail else status.status
-    tables = tuple(replace(table, title="") for table in drawn.tables)
-    return report.Section(status.title, status.name, word, tables, svgs, tuple(remarks))
+    tables = (*(replace(table, title="") for table in drawn.tables[:1]), *drawn.tables[1:])
+    return report.Section(status.title, status.name, word, tables, svgs, remarks)

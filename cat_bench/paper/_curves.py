@@ -26,10 +26,14 @@ def content(
     rows = measured(records, names, cases, scale)
     if _settings.only_reference(names):
         rows = rows.iloc[:0]  # Dense without its subject: the paper's points alone say more
-    figure = figures.efficiency_figure(
-        rows, published, axis, caption(title, rows, names, scale), panels, scale == "smoke"
-    )
+    units = {panel.published for panel in panels}
+    published = [point for point in published if point.unit in units]
+    says = caption(title, rows, names, scale, panels)
+    figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
     tables = (ratio_table(title, rows, names, axis, scale),) if len(rows) else ()
+    details = report.details_of(rows) if len(rows) else None
+    if details is not None:
+        tables += (replace(details, title=f"{title}, per token", heading=heading(rows)),)
     return Content(tables, figure, plotted(rows, published))
 
 
@@ -45,25 +49,43 @@ def measured(
     return _settings.in_order(rows, names).reset_index(drop=True)
 
 
-def caption(title: str, rows: pd.DataFrame, names: Sequence[str], scale: str) -> str:
-    """Title; machine and settings; scale; what is not there. One paragraph each."""
-    parts = [f"{title}.", machine(rows), f"{_settings.scale_of(scale).says}."]
-    if len(rows):
-        parts.insert(2, settings(rows))
-    absent = _settings.missing(names)
-    if absent:
-        parts.append(f"Not built yet: {', '.join(absent)}.")
+def caption(
+    title: str,
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    scale: str,
+    panels: Sequence[figures.Panel] = figures.ALL_PANELS,
+) -> str:
+    """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks."""
+    parts = [heading(rows), f"{_settings.scale_of(scale).says}."] if len(rows) else [no_row(names)]
+    if "latency_s_low" in rows and rows["latency_s_low"].notna().any():
+        parts.append("95 % intervals are narrower than the markers where no bar is visible.")
     if len(rows) and scale != "smoke" and not figures.may_overlay(rows):
         parts.append(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
         )
-    return "\n".join([parts[0], " ".join(parts[1:])])
+        parts += [PEAKS] if any(panel.published == "GiB" for panel in panels) else []
+    absent = _settings.missing(names)
+    if absent:
+        parts.append(f"Not built yet: {', '.join(absent)}.")
+    return "\n".join([f"{title}.", " ".join(parts)])
 
 
-def machine(rows: pd.DataFrame) -> str:
-    if rows.empty:
-        return f"No row of ours yet: the paper's points, {figures.PAPER_DEVICE}, read off its plot."
-    return f"{'; '.join(dict.fromkeys(rows['machine']))}."
+def no_row(names: Sequence[str]) -> str:
+    """Which rows of ours a figure of the paper's points alone is waiting for."""
+    whose = "ours"
+    if _settings.only_reference(names):
+        subjects = (_settings.label(name).partition(" (")[0] for name in names if name != "dense")
+        whose = " or ".join(dict.fromkeys(subjects))
+    return f"No row of {whose} yet: the paper's points, {figures.PAPER_DEVICE}, read off its plots."
+
+
+def heading(rows: pd.DataFrame) -> str:
+    """Machine, runs and settings of the rows: over every table, in every caption."""
+    runs = sorted(set(rows["run"]))
+    word = "runs" if len(runs) > 1 else "run"
+    machines = "; ".join(dict.fromkeys(rows["machine"]))
+    return f"{machines}; {word} {', '.join(runs)}. {settings(rows)}"
 
 
 def settings(rows: pd.DataFrame) -> str:
@@ -90,8 +112,13 @@ def ratio_table(
     absent = _settings.missing(names)
     if absent:
         notes.append(f"Not built yet: {', '.join(absent)}.")
-    heading = f"{machine(rows)} {settings(rows)}"
-    return replace(made, title=title, heading=heading, notes=tuple(notes))
+    return replace(made, title=title, heading=heading(rows), notes=tuple(notes))
+
+
+PEAKS = (
+    "Peak memory: ours is the most reserved, captured graphs included; the paper's is the most "
+    "allocated."
+)
 
 
 def _times(ratio: float) -> str:
@@ -100,7 +127,6 @@ def _times(ratio: float) -> str:
 
 COLUMNS = (
     *report.EFFICIENCY_COLUMNS,
-    report.PARAMETERS,
     report.Column("peak vs Dense", ("memory_ratio",), _times),
     report.Column("state vs Dense", ("state_ratio",), _times),
 )
@@ -130,7 +156,7 @@ def crossing_text(a: dict[float, float], b: dict[float, float], axis: figures.Ax
     if len(shared) < 2:
         return "too few common points"
     unit = axis.label.split(" (")[0].lower()
-    where = [f"crosses at {unit} {x:.0f}" for x in crossings(a, b)]
+    where = [f"crosses at {unit} about {x:.0f} (interpolated)" for x in crossings(a, b)]
     if where:
         return " and ".join(where) + f", lower at {shared[-1]:.0f}" * (
             a[shared[-1]] < b[shared[-1]]
@@ -150,14 +176,10 @@ def crossings(a: dict[float, float], b: dict[float, float]) -> list[float]:
     ]
 
 
-def published_dense(exhibit: str, d_states: Sequence[int] = ()) -> list[_published.Point]:
-    """The paper's Dense points of another figure; over d_state they are the same at every x."""
+def published_dense(exhibit: str, batch_size: int | None = None) -> list[_published.Point]:
+    """The paper's Dense points of another figure, of all batch sizes or of one."""
     dense = [p for p in _published.points(exhibit) if p.row == "Dense" and figures.is_plotted(p)]
-    if not d_states:
-        return dense
-    largest = max(point.x["batch_size"] for point in dense)
-    level = [point for point in dense if point.x["batch_size"] == largest]
-    return [replace(p, x={**p.x, "d_state": d_state}) for p in level for d_state in d_states]
+    return [p for p in dense if batch_size is None or p.x["batch_size"] == batch_size]
 
 
 def plotted(rows: pd.DataFrame, published: Sequence) -> pd.DataFrame:

@@ -18,6 +18,7 @@ ARCHITECTURES = (
     "dense", "mamba2:d_state=16", "mamba2:d_state=32", "mamba2:d_state=64", "mamba2:d_state=128",
 )  # fmt: skip
 PANELS = (figures.LATENCY, figures.SPEEDUP)
+PAPER_BATCH = 512
 
 
 def plan(scale: str) -> list[Case]:
@@ -26,8 +27,8 @@ def plan(scale: str) -> list[Case]:
 
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
-    # The ratios need the paper's Dense, which stands in another figure.
-    published = [*published, *_curves.published_dense("fig2", d_states=(16, 32, 64, 128))]
+    # The ratios need the paper's Dense, which stands in another figure; it has no d_state.
+    published = [*published, *_curves.published_dense("fig2", PAPER_BATCH)]
     return _curves.content(
         TITLE, records, published, ARCHITECTURES, plan(scale), figures.D_STATE, scale, PANELS
     )

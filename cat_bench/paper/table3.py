@@ -34,7 +34,9 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         notes.append(f"Not built yet: {', '.join(absent)}.")
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
-    heading = f"{_curves.machine(rows)} {_curves.settings(rows)}" if len(rows) else ""
+    if len(rows) and scale != "smoke":
+        notes.append(_curves.PEAKS)
+    heading = _curves.heading(rows) if len(rows) else ""
     ours = _ours(rows) | {(point.row, "swde"): (math.nan, "not built") for point in published}
     return Content((_tables.comparison(TITLE, published, ours, heading=heading, notes=notes),))
 

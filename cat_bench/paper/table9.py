@@ -1,6 +1,6 @@
 """WikiText and LAMBADA perplexity.
 
-Appendix C.5, the two perplexities of Table 1 with all digits.
+Appendix C.5, the two perplexities of Table 1 with two digits; GDN's WikiText differs.
 Try it: cat-bench paper table9 --scale smoke
 """
 

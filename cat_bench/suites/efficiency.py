@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 PROMPT_LEN = 8  # tokens; paper B.1
 REFERENCE = ("dense", 16, 1024)  # architecture, batch size, seq_len
+REFERENCE_EVERY = 20  # cases of a sweep for the paper; evaluation_spec.md 4.1
+EXAMPLES = {
+    "--batch-size": 64,
+    "--seq-len": 1024,
+    "--prompt-len": PROMPT_LEN,
+    "--repeats": 10,
+    "--reference-every": REFERENCE_EVERY,
+}
 GRIDS = {"cpu": ((1, 4), (64,)), "cuda": ((1, 16, 64, 256), (1024,))}  # batch sizes, seq_lens
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 DECODE_PATHS = {"cpu": "eager", "cuda": "cuda_graph"}
@@ -53,7 +61,7 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
     random.Random(0).shuffle(ordered)  # a slow drift of the machine must not favour one side
     if options.reference_every is None:
         return ordered
-    return _with_references(ordered, options, options.reference_every)
+    return with_references(ordered, options, options.reference_every)
 
 
 def _case(
@@ -80,8 +88,11 @@ def _prompt_len(options: Options) -> int:
     return PROMPT_LEN if options.prompt_len is None else options.prompt_len
 
 
-def _with_references(cases: list[Case], options: Options, every: int) -> list[Case]:
-    """The reference case before the first, every k-th, and after the last case."""
+def with_references(cases: list[Case], options: Options, every: int) -> list[Case]:
+    """The reference case before the first, every k-th, and after the last case.
+
+    `options` are those of the cases: device, dtype, scale and seed.
+    """
     numbers = itertools.count()
     planned: list[Case] = []
     for index, case in enumerate(cases):
@@ -131,11 +142,12 @@ def _check(specs: list[Spec], options: Options) -> None:
 
 def _check_counts(flag: str, values: Sequence[int] | None) -> None:
     if values is not None and len(values) == 0 and flag in ("--batch-size", "--seq-len"):
-        raise UserError(f"{flag} is empty.", f"Example: {flag} 64")
+        raise UserError(f"{flag} is empty.", f"Example: {flag} {EXAMPLES[flag]}")
     for value in values or ():
         if value < 1:
             raise UserError(
-                f"{flag} {value} is impossible: it must be 1 or more.", f"Example: {flag} 64"
+                f"{flag} {value} is impossible: it must be 1 or more.",
+                f"Example: {flag} {EXAMPLES[flag]}",
             )
 
 
