@@ -26,7 +26,11 @@ from cat_bench.blocks import (
 )
 from cat_bench.graph import CapturedStep, Rows, block_step, rms_norm
 
-PRESETS = {"dense-2d": {"width": 2048}}
+PRESETS = {
+    "dense-2d": {"width": 2048},
+    "dense-wikitext": {"width": 768, "num_layers": 6, "vocab_size": 32_000},  # paper C.1, E.4
+    "dense-mqar": {"width": 64, "num_layers": 2, "vocab_size": 8192},  # paper C.2, E.5
+}
 REQUIRES = {"cuda_graph": "triton"}
 
 

@@ -45,7 +45,25 @@ PRESETS = {
     "cat-32-q": {"chunk_size": 32, "compressor_layers": 3},
     "cat-1x": {"chunk_size": 8, "decoder_width": 1024},
     "cat-1x-q": {"chunk_size": 8, "decoder_width": 1024, "compressor_layers": 3},
-}
+    # WikiText-103 (paper C.1, E.4): Llama-2's vocabulary; D_d = 1536 and L_c = 3 follow.
+    "cat-8-wikitext": {
+        "chunk_size": 8, "width": 768, "num_layers": 6, "vocab_size": 32_000, "max_len": 512
+    },
+    "cat-16-wikitext": {
+        "chunk_size": 16, "width": 768, "num_layers": 6, "vocab_size": 32_000, "max_len": 512
+    },
+    "cat-32-wikitext": {
+        "chunk_size": 32, "width": 768, "num_layers": 6, "vocab_size": 32_000, "max_len": 512
+    },
+    "cat-64-wikitext": {
+        "chunk_size": 64, "width": 768, "num_layers": 6, "vocab_size": 32_000, "max_len": 512
+    },
+    # MQAR (paper C.2, E.5): D = D_d = 64; L_c = 1 follows.
+    "cat-mqar": {
+        "chunk_size": 4, "width": 64, "decoder_width": 64, "num_layers": 2, "vocab_size": 8192,
+        "max_len": 256,
+    },
+}  # fmt: skip
 REQUIRES = {"cuda_graph": "triton"}
 LAYOUT_VERSION = 1  # compact N + 1 rows; raised when a checkpoint would mean something else
 

@@ -321,16 +321,15 @@ def paper(
     from cat_bench.paper import _build
 
     if exhibit is None:
-        found = _build.statuses(results, scale)
-        _warn_of_skipped(found)
-        _print_statuses(found, as_json)
+        _print_statuses(_build.statuses(results, scale, _warn), as_json)
         return
     sweeps: list[tuple[store.Run, Summary]] = []
     name = scale if exhibit == "all" else f"{exhibit}-{scale}"
     wanted = run_missing or scale == "smoke"
     measure = _measure_missing(results, name, sweeps) if wanted else None
     built = _build.build(_exhibit_names(exhibit), scale, results, measure)
-    _warn_of_skipped(built)
+    for text in built.skipped:
+        _warn(text)
     if as_json:
         typer.echo(json.dumps(_build_document(built), indent=1, default=str))
     else:
@@ -796,9 +795,8 @@ def _with_references(cases: list[Case]) -> list[Case]:
     return efficiency.with_references(cases, options, efficiency.REFERENCE_EVERY)
 
 
-def _warn_of_skipped(built: Any) -> None:
-    for text in getattr(built, "skipped", ()):
-        _say(f"warning: {text}")
+def _warn(text: str) -> None:
+    _say(f"warning: {text}")
 
 
 def _print_statuses(statuses: list[Any], as_json: bool) -> None:

@@ -224,6 +224,12 @@ def test_an_unreadable_run_is_refused_and_left_alone(
     assert before == {p.name: p.read_bytes() for p in one_run.iterdir()}
 
 
+def test_the_list_of_exhibits_warns_of_a_run_that_cannot_be_read(cat_bench: Cli, one_run: Path):
+    (one_run / "plan.json").unlink()
+    listed = cat_bench("paper")
+    assert listed.code == 0 and "warning: " in listed.err and "0001-first" in listed.err
+
+
 def test_a_torn_last_row_is_left_out_with_a_warning(cat_bench: Cli, one_run: Path):
     whole = cat_bench("show", "1")
     rows = one_run / "records.jsonl"

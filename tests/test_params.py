@@ -35,7 +35,6 @@ def test_exact_counts(text: str, total: int, non_embedding_millions: float) -> N
 
 
 # (spec, millions of parameters, millions non-embedding), as printed
-WIKITEXT = "vocab_size=32000,width=768,num_layers=6"
 ROUNDED = [
     ("cat-4:compressor_layers=3", 922.0, 663.5),
     ("cat-8-q", 930.3, 671.9),
@@ -43,11 +42,11 @@ ROUNDED = [
     ("cat-32:compressor_layers=3", 980.5, 722.3),
     ("cat-8:decoder_width=1280", 512.3, 331.4),
     ("cat-8:decoder_width=1536", 636.1, 429.4),
-    (f"dense:{WIKITEXT}", 91.6, 42.5),
-    (f"cat:chunk_size=8,max_len=512,{WIKITEXT}", 323.5, 200.6),
-    (f"cat:chunk_size=16,max_len=512,{WIKITEXT}", 332.9, 210.0),
-    (f"cat:chunk_size=32,max_len=512,{WIKITEXT}", 351.8, 228.9),
-    (f"cat:chunk_size=64,max_len=512,{WIKITEXT}", 389.5, 266.6),
+    ("dense-wikitext", 91.6, 42.5),
+    ("cat-8-wikitext", 323.5, 200.6),
+    ("cat-16-wikitext", 332.9, 210.0),
+    ("cat-32-wikitext", 351.8, 228.9),
+    ("cat-64-wikitext", 389.5, 266.6),
 ]
 
 
@@ -59,12 +58,9 @@ def test_rounded_counts(text: str, total_millions: float, non_embedding_millions
 
 
 def test_associative_recall_scale() -> None:
-    dense = planned("dense:width=64,num_layers=2,vocab_size=8192")
+    dense = planned("dense-mqar")
     assert (dense.num_params, dense.num_params_non_embedding) == (1_179_968, 131_392)
-    cat = planned(
-        "cat:width=64,decoder_width=64,num_layers=2,compressor_layers=1,chunk_size=4,"
-        "max_len=256,vocab_size=8192"
-    )
+    cat = planned("cat-mqar")
     assert (cat.num_params, cat.num_params_non_embedding) == (1_790_528, 213_504)
 
 

@@ -56,10 +56,16 @@ class Found:
         return len(self.statuses)
 
 
-def statuses(results: Path, scale: str) -> list[Status]:
-    """Every exhibit with its status, in the paper's order; renders nothing."""
+def statuses(results: Path, scale: str, warn: Callable[[str], None] | None = None) -> list[Status]:
+    """Every exhibit with its status, in the paper's order; renders nothing.
+
+    `warn` is called with a sentence for each run folder that cannot be read.
+    """
     _settings.scale_of(scale)
-    records, index = all_records(results)[0], _index(results, scale)
+    records, _, skipped = all_records(results)
+    index = _index(results, scale)
+    for text in skipped if warn else ():
+        warn(text)
     return [
         _status(name, find(records, exhibit(name).plan(scale)), index.get(name))
         for name, _ in spec.exhibits()
