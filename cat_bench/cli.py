@@ -715,13 +715,13 @@ def _exit_after(target: store.Run, summary: "Summary") -> None:
 
 
 def _print_run(target: store.Run, as_json: bool) -> None:
-    from cat_bench import report
+    from cat_bench import report, tables
 
     if as_json:
-        typer.echo(report.as_json(report.full_table(report.frame([target]))))
+        typer.echo(report.as_json(tables.full_table(tables.frame([target]))))
         return
-    typer.echo(report.terminal(report.run_table(target)))
-    details = report.details_table(report.frame([target]))
+    typer.echo(report.terminal(tables.run_table(target)))
+    details = tables.details_table(tables.frame([target]))
     if details is not None:
         typer.echo(f"\n{report.terminal(details)}")
 

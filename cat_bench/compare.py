@@ -14,7 +14,7 @@ import pandas as pd
 
 from cat_bench import stats, store
 from cat_bench.errors import UserError
-from cat_bench.report import (
+from cat_bench.tables import (
     Column,
     Table,
     dense_first,

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from cat_bench import report
+from cat_bench import tables
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -104,7 +104,7 @@ def look(label: str, spare: int = 0) -> Look:
 class Panel(NamedTuple):
     """One axes of an efficiency figure: a quantity over the x axis."""
 
-    value: str  # column of `report.measured`
+    value: str  # column of `tables.measured`
     title: str
     label: str
     published: str  # unit of the paper's points: "s" or "GiB"
@@ -117,7 +117,7 @@ class Panel(NamedTuple):
 LATENCY = Panel(
     "latency_s", "latency", "Latency (s)", "s", low="latency_s_low", high="latency_s_high"
 )
-MEMORY = Panel("peak_bytes", "peak memory", "Peak memory (GiB)", "GiB", divisor=report.GIB)
+MEMORY = Panel("peak_bytes", "peak memory", "Peak memory (GiB)", "GiB", divisor=tables.GIB)
 SPEEDUP = Panel(
     "speedup", "speed-up over Dense", "Speed-up (x)", "s", True, "speedup_low", "speedup_high"
 )
@@ -147,7 +147,7 @@ def efficiency_figure(
     panels: Sequence[Panel] = ALL_PANELS,
     is_smoke: bool = False,
 ) -> Figure:
-    """`rows` (report.measured) over `axis`, one panel per quantity, the paper's points beside.
+    """`rows` (tables.measured) over `axis`, one panel per quantity, the paper's points beside.
 
     Smoke rows stand alone: tiny models on a CPU share no axis with the paper's.
     """

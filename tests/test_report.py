@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import report, store
+from cat_bench import report, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.compare import compare_table
 from cat_bench.errors import UserError
@@ -35,8 +35,8 @@ def timed(key: str, seconds: float, gib: float, spread: float = 0.0, n: int = 5)
     return [
         Record(key, "latency_s", seconds, "s", samples),
         Record(key, "tokens_per_s", 260_096 / seconds, "tokens/s"),
-        Record(key, "peak_reserved_bytes", gib * report.GIB, "bytes"),
-        Record(key, "state_bytes", gib / 2 * report.GIB, "bytes"),
+        Record(key, "peak_reserved_bytes", gib * tables.GIB, "bytes"),
+        Record(key, "state_bytes", gib / 2 * tables.GIB, "bytes"),
         Record(key, "floor_s", seconds / 2, "s"),
         Record(key, "case", 60.0, "s"),
     ]
@@ -73,7 +73,7 @@ def normal(text: str) -> list[str]:
 
 
 def test_show_prints_units_intervals_ratios_and_oom(tmp_path) -> None:
-    lines = normal(report.terminal(report.run_table(make_run(tmp_path))))
+    lines = normal(report.terminal(tables.run_table(make_run(tmp_path))))
     assert lines[:6] == [
         "0001-fig",
         "NVIDIA H200, driver 580.1, torch 2.11.0, CUDA 13.0 · bfloat16 · cuda_graph · "
@@ -98,7 +98,7 @@ def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
     run = make_run(
         tmp_path, rows=[(case(batch_size=64), rows(4e12)), (case(batch_size=128), rows(3e12))]
     )
-    assert list(report.measured(report.frame([run]))["floor_share"]) == [0.5, 0.375]
+    assert list(tables.measured(tables.frame([run]))["floor_share"]) == [0.5, 0.375]
 
 
 def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> None:
@@ -115,7 +115,7 @@ def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> Non
             *timed(key, 2.0, 1.0),
         ]
 
-    made = report.details_table(report.frame([make_run(tmp_path, rows=[(case("cat"), rows)])]))
+    made = tables.details_table(tables.frame([make_run(tmp_path, rows=[(case("cat"), rows)])]))
     assert made.text.iloc[0].to_dict() == {
         "architecture": "CAT-8", "batch": "256", "length": "1024",
         "TTFT ms": "10.4 [10.4, 10.4]", "step ms mean": "1.25",
@@ -123,7 +123,7 @@ def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> Non
         "inner": "1.00 / 1.00 / 1.00 / 1.00", "boundary": "3.00 / 3.00 / 3.00 / 3.00",
         "boundary %": "12 %", "first 10 %": "1.25", "last 10 %": "1.25",
     }  # fmt: skip
-    assert report.details_table(report.frame([make_run(tmp_path, "no-steps")])) is None
+    assert tables.details_table(tables.frame([make_run(tmp_path, "no-steps")])) is None
 
 
 def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
@@ -132,7 +132,7 @@ def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
         (case("cat"), None),
     ]
     run = make_run(tmp_path, rows=rows)
-    made = report.run_table(run)
+    made = tables.run_table(run)
     key = next(iter(run.cases()))
     assert f"failed: Dense, batch 256, length 1024: ValueError: no (case {key})" in made.notes
     assert made.notes[-1] == "1 of 2 cases have not run: continue with --resume."
@@ -140,7 +140,7 @@ def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
 
 
 def test_no_closed_case_is_no_error(tmp_path) -> None:
-    made = report.run_table(make_run(tmp_path, rows=[(case("dense"), None)]))
+    made = tables.run_table(make_run(tmp_path, rows=[(case("dense"), None)]))
     assert "No case is closed yet." in report.terminal(made)
     assert json.loads(report.as_json(made))["rows"] == []
 
@@ -150,7 +150,7 @@ def test_fewer_than_three_samples_have_no_interval(tmp_path) -> None:
         (case("dense"), lambda key: timed(key, 4.0, 12.0, n=2)),
         (case("cat"), lambda key: timed(key, 2.0, 3.0, n=2)),
     ]
-    text = report.run_table(make_run(tmp_path, rows=rows)).text
+    text = tables.run_table(make_run(tmp_path, rows=rows)).text
     assert list(text["latency s [95 % CI]"]) == ["4.00", "2.00"]
     assert text["vs Dense"][1] == "2.00x faster"
 
@@ -160,7 +160,7 @@ def test_dense_of_another_setting_is_no_reference(tmp_path) -> None:
         (case("dense", 1), lambda key: timed(key, 4.0, 12.0)),
         (case("cat", 256), lambda key: timed(key, 2.0, 3.0)),
     ]
-    rows = report.measured(report.frame([make_run(tmp_path, rows=rows)]))
+    rows = tables.measured(tables.frame([make_run(tmp_path, rows=rows)]))
     assert rows.set_index("label")["speedup"].isna()["CAT-8"]
 
 
@@ -171,7 +171,7 @@ def test_reference_cases_stay_out_of_the_table_and_show_drift(tmp_path) -> None:
         (case("cat"), lambda key: timed(key, 2.0, 3.0)),
         (last, lambda key: timed(key, 1.1, 1.0)),
     ]
-    made = report.run_table(make_run(tmp_path, rows=rows))
+    made = tables.run_table(make_run(tmp_path, rows=rows))
     assert list(made.text["architecture"]) == ["CAT-8"]
     assert made.notes[-1] == (
         "warning: reference case of 0001-fig: 1.00 s first, 1.10 s last, drift +10.0 %."
@@ -183,13 +183,13 @@ def test_drifting_repeats_and_disagreeing_clocks_are_flagged(tmp_path) -> None:
         host = Record(key, "host_latency_s", 4.4, "s")
         return [host, *timed(key, 4.0, 12.0, spread=0.05)]
 
-    notes = report.run_table(make_run(tmp_path, rows=[(case("dense"), drifting)])).notes
+    notes = tables.run_table(make_run(tmp_path, rows=[(case("dense"), drifting)])).notes
     assert any("repeats drift by" in note for note in notes)
     assert any("host clock differs from CUDA events by +10.0 %" in note for note in notes)
 
 
 def test_json_and_csv_hold_si_units(tmp_path) -> None:
-    made = report.run_table(make_run(tmp_path))
+    made = tables.run_table(make_run(tmp_path))
     rows = json.loads(report.as_json(made))["rows"]
     assert rows[1]["latency_s"] == 2.0 and rows[1]["peak_bytes"] == 3 * 2**30
     assert rows[2]["latency_s"] is None and rows[2]["status"] == "oom"
@@ -198,8 +198,8 @@ def test_json_and_csv_hold_si_units(tmp_path) -> None:
 
 
 def test_markdown_golden(tmp_path) -> None:
-    columns = (report.EFFICIENCY_COLUMNS[0], *report.EFFICIENCY_COLUMNS[3:6])
-    made = report.table(report.measured(report.frame([make_run(tmp_path)])), columns)
+    columns = (tables.EFFICIENCY_COLUMNS[0], *tables.EFFICIENCY_COLUMNS[3:6])
+    made = tables.table(tables.measured(tables.frame([make_run(tmp_path)])), columns)
     lines = normal(report.as_markdown(made))
     assert re.sub("-+", "-", lines.pop(1)) == "|:-|-:|-:|-:|"
     assert lines == [
@@ -211,8 +211,8 @@ def test_markdown_golden(tmp_path) -> None:
 
 
 def test_latex_golden(tmp_path) -> None:
-    columns = (report.EFFICIENCY_COLUMNS[0], *report.EFFICIENCY_COLUMNS[3:6])
-    made = report.table(report.measured(report.frame([make_run(tmp_path)])), columns)
+    columns = (tables.EFFICIENCY_COLUMNS[0], *tables.EFFICIENCY_COLUMNS[3:6])
+    made = tables.table(tables.measured(tables.frame([make_run(tmp_path)])), columns)
     assert report.as_latex(made).strip().splitlines() == [
         r"\begin{tabular}{lrrr}",
         r"\toprule",
@@ -277,7 +277,7 @@ def test_two_dense_of_other_sizes_are_no_reference(tmp_path) -> None:
     run = store.Run.create(tmp_path, "sizes", GPU, cases, resolved)
     for planned in cases:
         run.append(timed(planned.key, 1.0, 1.0))
-    assert "speedup" not in report.measured(report.frame([run]))
+    assert "speedup" not in tables.measured(tables.frame([run]))
 
 
 def test_case_text_shows_samples_and_environment(tmp_path) -> None:
@@ -290,7 +290,7 @@ def test_case_text_shows_samples_and_environment(tmp_path) -> None:
         report.case_text(run, "zzz")
 
 
-def compared(tmp_path: Path, seconds: float, n: int = 10, **options) -> report.Table:
+def compared(tmp_path: Path, seconds: float, n: int = 10, **options) -> tables.Table:
     runs = [
         make_run(tmp_path, "a", rows=[(case("dense"), lambda key: timed(key, 4.0, 1.0, 0.001, n))]),
         make_run(
@@ -355,12 +355,12 @@ def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
     [(0.0123456, "0.0123"), (1.005, "1.00"), (12345.6, "12,346"), (0, "0.00"), (float("nan"), "-")],
 )
 def test_digits(value: float, text: str) -> None:
-    assert report.digits(value) == text
+    assert tables.digits(value) == text
 
 
 def test_best_needs_a_rival() -> None:
     rows = pd.DataFrame({"label": ["a", "b", "c"], "n": [1.0, 2.0, 5.0], "g": [1, 1, 2]})
-    made = report.table(rows, [report.Column("n", ("n",), report.whole, max)], by=["g"])
+    made = tables.table(rows, [tables.Column("n", ("n",), tables.whole, max)], by=["g"])
     assert list(made.best["n"]) == [False, True, False]
 
 

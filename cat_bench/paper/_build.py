@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pandas as pd
 
-from cat_bench import figures, report, spec, store
+from cat_bench import figures, report, spec, store, tables
 from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.paper import _published, _settings
@@ -132,7 +132,7 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
             skipped.append(f"{path.name} is left out: {error.message} {error.hint}".strip())
             continue
         runs.append(run)
-    return report.frame(runs), runs, tuple(skipped)
+    return tables.frame(runs), runs, tuple(skipped)
 
 
 def find(records: pd.DataFrame, planned: list[Case]) -> Found:
@@ -282,5 +282,5 @@ def _section(status: Status, drawn: Content, folder: Path) -> report.Section:
     remarks = _published.remarks(status.name) if status.name in named else ()
     remarks = tuple(f"Remark: {remark}" for remark in remarks)
     word = f"{status.status} ({status.detail})" if status.detail else status.status
-    tables = (*(replace(table, title="") for table in drawn.tables[:1]), *drawn.tables[1:])
-    return report.Section(status.title, status.name, word, tables, svgs, remarks)
+    shown = (*(replace(table, title="") for table in drawn.tables[:1]), *drawn.tables[1:])
+    return report.Section(status.title, status.name, word, shown, svgs, remarks)

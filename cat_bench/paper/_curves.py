@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from cat_bench import figures, report
+from cat_bench import figures, tables
 from cat_bench.case import Case
 from cat_bench.paper import _published, _settings
 from cat_bench.paper._settings import Content
@@ -30,11 +30,11 @@ def content(
     published = [point for point in published if point.unit in units]
     says = caption(title, rows, names, scale, panels)
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
-    tables = (ratio_table(title, rows, names, axis, scale),) if len(rows) else ()
-    details = report.details_of(rows) if len(rows) else None
+    made = (ratio_table(title, rows, names, axis, scale),) if len(rows) else ()
+    details = tables.details_of(rows) if len(rows) else None
     if details is not None:
-        tables += (replace(details, title=f"{title}, per token", heading=heading(rows)),)
-    return Content(tables, figure, plotted(rows, published))
+        made += (replace(details, title=f"{title}, per token", heading=heading(rows)),)
+    return Content(made, figure, plotted(rows, published))
 
 
 def measured(
@@ -42,7 +42,7 @@ def measured(
 ) -> pd.DataFrame:
     """One row per closed case, with the exhibit's labels and its ratios to Dense."""
     lengths = {case.seq_len for case in cases}
-    rows = report.measured(_settings.relabelled(records, names, scale, lengths))
+    rows = tables.measured(_settings.relabelled(records, names, scale, lengths))
     if rows.empty:
         return rows
     rows = rows.assign(d_state=rows.get("config.d_state", math.nan))
@@ -102,11 +102,11 @@ def settings(rows: pd.DataFrame) -> str:
 
 def ratio_table(
     title: str, rows: pd.DataFrame, names: Sequence[str], axis: figures.Axis, scale: str
-) -> report.Table:
+) -> tables.Table:
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
-    made = report.table(rows, COLUMNS, ["batch_size", "seq_len"])
-    notes = [*report.DEFINITIONS, *crossing_notes(rows, axis), *report.failures(rows)]
-    notes += report.foreign_dense(rows)
+    made = tables.table(rows, COLUMNS, ["batch_size", "seq_len"])
+    notes = [*tables.DEFINITIONS, *crossing_notes(rows, axis), *tables.failures(rows)]
+    notes += tables.foreign_dense(rows)
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names)
@@ -126,9 +126,9 @@ def _times(ratio: float) -> str:
 
 
 COLUMNS = (
-    *report.EFFICIENCY_COLUMNS,
-    report.Column("peak vs Dense", ("memory_ratio",), _times),
-    report.Column("state vs Dense", ("state_ratio",), _times),
+    *tables.EFFICIENCY_COLUMNS,
+    tables.Column("peak vs Dense", ("memory_ratio",), _times),
+    tables.Column("state vs Dense", ("state_ratio",), _times),
 )
 
 
@@ -200,7 +200,7 @@ def plotted(rows: pd.DataFrame, published: Sequence) -> pd.DataFrame:
             "device_name": figures.PAPER_DEVICE,
             **{name: value for name, value in point.x.items()},
             "latency_s" if point.unit == "s" else "peak_bytes": point.value
-            * (1 if point.unit == "s" else report.GIB),
+            * (1 if point.unit == "s" else tables.GIB),
         }
         for point in published
         if figures.is_plotted(point)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from cat_bench import spec
 from cat_bench.case import Case
 from cat_bench.errors import UserError
-from cat_bench.report import Table
+from cat_bench.tables import Table
 
 FAST_PATHS = ("cuda_graph", "upstream_graph", "upstream", "eager")  # the first that a model has
 SMOKE_VALUES = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}

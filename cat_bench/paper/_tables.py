@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cat_bench.paper._settings import Content
-from cat_bench.report import Table
+from cat_bench.tables import Table
 
 
 class Heading(NamedTuple):

@@ -1,0 +1,553 @@
+"""Rows of a store -> tables of text: which columns, which ratios, which notes. No torch.
+
+Everything here is a pure function of stored rows, so it works on any laptop. Rows hold SI units and
+stay so in JSON and CSV; GiB and % appear only in print. Ratios carry an interval of their own
+(stats.py), a case that did not end well shows its status instead of a number, and one machine line
+stands over every table.
+
+Where to look: `run_table` is `cat-bench show`, `details_table` its second half; report.py prints.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from cat_bench import stats, store
+from cat_bench.environment import machine_line
+
+GIB = 2**30
+SAME_SETTING = ["suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"]
+MEMORY_RATIOS = {"memory_ratio": "peak_bytes", "state_ratio": "state_bytes"}
+MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
+
+
+class Column(NamedTuple):
+    """One printed column: which SI values it takes from a row, and how they are written."""
+
+    title: str
+    keys: tuple[str, ...]
+    write: Callable[..., str]
+    best: Callable[[pd.Series], float] | None = None  # min or max of the first key is set in bold
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: pd.DataFrame  # SI values: what JSON and CSV hold
+    text: pd.DataFrame  # the same as print shows it, all strings
+    heading: str = ""  # machine and settings, one line
+    notes: tuple[str, ...] = ()  # definitions and warnings, one line each
+    best: pd.DataFrame | None = None  # booleans, the shape of `text`
+    title: str = ""
+    suffix: str = "table"  # of the file's name, where an exhibit writes it
+    num_worse: int = 0  # regressions: `compare` exits with 4 where there are any
+
+
+# Writing single values
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """Plain notation with so many significant digits, never fewer than the integer part has."""
+    if not math.isfinite(value):
+        return "-"
+    whole = 1 if value == 0 else math.floor(math.log10(abs(value))) + 1
+    return f"{value:,.{max(0, significant - whole)}f}"
+
+
+def gib(value: float) -> str:
+    return digits(value / GIB)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """Fewer than 3 samples have no interval (stats.py): then the value stands alone."""
+    return digits(value) if math.isnan(low) else f"{digits(value)} [{digits(low)}, {digits(high)}]"
+
+
+def faster(ratio: float, low: float, high: float) -> str:
+    """A speed-up with its interval; below 1 it is turned round, so that x always means times."""
+    if ratio == 1:
+        return "1.00x"
+    word = "faster"
+    if ratio < 1:
+        ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, "slower"
+    interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{ratio:.2f}x {word}{interval}"
+
+
+def millions(*counts: float) -> str:
+    """Total parameters (non-embedding ones), in 10^6."""
+    total, inner = (f"{count / 1e6:,.1f}" for count in counts)
+    return f"{total} ({inner})"
+
+
+def whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+# Rows: one per closed case, with what follows from its samples
+
+
+def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
+    """`store.frame` with a column "machine": the line that stands over a table of these rows."""
+    records = store.frame(list(runs))
+    environments = {run.name: run.environment for run in runs}
+    pairs = zip(records["run"], records["device"], strict=True)
+    return records.assign(machine=[machine_line(environments[run], dev) for run, dev in pairs])
+
+
+def is_reference(settings: Iterable) -> bool:
+    """Whether a case exists only to watch the machine drift; no table shows those."""
+    return any(name == "reference" for name, _ in settings)
+
+
+def closed_rows(records: pd.DataFrame) -> pd.DataFrame:
+    """One row per (run, case) that has ended: Case fields, a column per metric and its samples."""
+    rows = []
+    for _, case in records.groupby(["run", "case"], sort=False):
+        closing = case[case["metric"] == "case"]
+        if closing.empty:
+            continue
+        row = closing.iloc[-1].drop(["metric", "value", "unit", "samples"]).to_dict()
+        for record in case[case["metric"] != "case"].itertuples():
+            row[record.metric] = record.value
+            row[f"{record.metric}.samples"] = record.samples
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measured(records: pd.DataFrame) -> pd.DataFrame:
+    """`closed_rows` without drift references, plus intervals, floor share and ratios to Dense.
+
+    Rows whose column "chosen" is False serve as references of their own run only, and are left out.
+    """
+    rows = closed_rows(records)
+    if rows.empty:
+        return rows
+    rows = rows[~rows["settings"].map(is_reference)].reset_index(drop=True)
+    rows = _with_peak(rows)
+    if "latency_s.samples" in rows:
+        rows = _with_intervals(rows)
+        rows = _with_dense_ratios(rows)
+    if {"floor_s", "latency_s"} <= set(rows):
+        share = rows["floor_s"] * _ceiling_share(rows) / rows["latency_s"]
+        rows = rows.assign(floor_share=share)
+    return rows[rows["chosen"]].reset_index(drop=True) if "chosen" in rows else rows
+
+
+def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
+    """What a case's ceilings were of the best in its run, at most 1.
+
+    A ceiling measured while the device was still busy is too low and its floor too high. Times this
+    share, the floor is a bound at the run's best ceilings: never flattering, and exact where one
+    resource binds throughout.
+    """
+    share = pd.Series(1.0, index=rows.index)
+    for ceiling in ("read_bandwidth_bytes_per_s", "matmul_flops_per_s"):
+        if ceiling in rows:
+            best = rows.groupby(["run", "device"])[ceiling].transform("max")
+            share = share.combine(rows[ceiling] / best, min)
+    return share
+
+
+def _with_peak(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds peak_bytes: reserved on a GPU, resident set on a CPU; the two never share a table.
+
+    Reserved, because allocated misses what captured graphs hold, which differs by architecture.
+    """
+    names = [name for name in ("peak_reserved_bytes", "peak_rss_bytes") if name in rows]
+    return rows.assign(peak_bytes=rows[names].bfill(axis=1).iloc[:, 0]) if names else rows
+
+
+def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds latency_s_low, latency_s_high and n (repeats)."""
+
+    def interval(samples: Any) -> dict[str, float]:
+        if not isinstance(samples, list) or not samples:
+            return {}
+        found = _summary(tuple(samples))
+        return {"latency_s_low": found.low, "latency_s_high": found.high, "n": len(samples)}
+
+    return _joined(rows, [interval(samples) for samples in rows["latency_s.samples"]])
+
+
+def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds speedup (Dense seconds / seconds) with its interval, the same over Dense-2D, and
+    memory_ratio and state_ratio over Dense."""
+
+    def ratios(row: pd.Series) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        dense, wide = dense_of(rows, row), dense_of(rows, row, "Dense-2D")
+        if dense is not None:
+            found |= _speedup("speedup", dense, row) | {"dense_run": dense["run"]}
+            for name, metric in MEMORY_RATIOS.items():
+                if metric in rows:
+                    found[name] = dense[metric] / row[metric]
+        if wide is not None and row["label"] != "Dense":
+            found |= _speedup("speedup_2d", wide, row)
+        return found
+
+    return _joined(rows, [ratios(row) for _, row in rows.iterrows()])
+
+
+def _joined(rows: pd.DataFrame, found: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.concat([rows, pd.DataFrame(found, index=rows.index)], axis=1)
+
+
+def _speedup(name: str, reference: pd.Series, row: pd.Series) -> dict[str, float]:
+    """Reference seconds / seconds and the ends of its interval; 1 for the reference itself."""
+    ends = (1.0, 1.0, 1.0)
+    if reference.name != row.name:
+        interval = _ratio(tuple(latency_samples(reference)), tuple(latency_samples(row)))
+        ends = interval.median, interval.low, interval.high
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+
+
+@cache
+def _summary(samples: tuple[float, ...]) -> stats.Interval:
+    return stats.summary(samples)  # exhibits share cases, and a bootstrap takes a while
+
+
+@cache
+def _ratio(a: tuple[float, ...], b: tuple[float, ...]) -> stats.Interval:
+    return stats.ratio(a, b)
+
+
+def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Series | None:
+    """The row of `name` to compare `row` with: same setting; same run and path where there is one.
+
+    None without one, or where several models could be meant (two Dense of other sizes).
+    """
+    dense = rows[rows["label"] == name]
+    if dense.empty and name == "Dense":  # a tiny or resized one stands in, if it is the only one
+        is_dense = rows["arch"].str.partition(":")[0] == "dense"
+        dense = rows[is_dense & ~rows["label"].str.startswith("Dense-2D")]
+        dense = dense if dense["arch"].nunique() == 1 else dense.iloc[:0]
+    for setting in SAME_SETTING:
+        dense = dense[dense[setting] == row[setting]]
+    dense = dense.loc[[index for index, one in dense.iterrows() if latency_samples(one)]]
+    for setting in ("run", "decode_path"):
+        same = dense[dense[setting] == row[setting]]
+        dense = dense if same.empty else same
+    return None if dense.empty or not latency_samples(row) else dense.iloc[0]
+
+
+def latency_samples(row: pd.Series) -> list[float]:
+    """Latency samples; empty where a case has none (pandas then holds NaN)."""
+    samples = row.get("latency_s.samples")
+    return samples if isinstance(samples, list) else []
+
+
+# Tables
+
+
+def table(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str] = ()) -> Table:
+    """Print `columns` of `rows`; the best of each group of equal `by` is marked.
+
+    A case with another status than ok shows it in the first column that lacks its value.
+    """
+    columns = [c for c in columns if set(c.keys) & set(rows.columns)]
+    keys = list(dict.fromkeys(key for c in columns for key in c.keys))
+    rows = rows.reset_index(drop=True).reindex(columns=list(dict.fromkeys([*rows.columns, *keys])))
+    text = pd.DataFrame([_line(row, columns) for _, row in rows.iterrows()])
+    text = text.reindex(columns=[c.title for c in columns])
+    marks = [name for name in ("status", "error") if name in rows]
+    return Table(
+        rows[keys + [m for m in marks if m not in keys]], text, best=_best(rows, columns, by)
+    )
+
+
+def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
+    status, cells = row.get("status", "ok"), {}
+    for column in columns:
+        values = [row[key] for key in column.keys]
+        if not pd.isna(values[0]):
+            cells[column.title] = column.write(*values)
+        else:
+            cells[column.title] = "-" if status in ("ok", "") else str(status)
+            status = ""  # said once per row
+    return cells
+
+
+def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> pd.DataFrame:
+    """True where a cell is the best of its group; a group of one has no best."""
+    best = pd.DataFrame(False, index=rows.index, columns=[c.title for c in columns])
+    parts = [part for _, part in rows.groupby(list(by), sort=False)] if by else [rows]
+    for column in (c for c in columns if c.best):
+        for part in parts:
+            values = part[column.keys[0]].dropna()
+            if len(values) > 1:
+                best.loc[values.index[values == column.best(values)], column.title] = True
+    return best
+
+
+EFFICIENCY_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    Column(
+        "latency s [95 % CI]", ("latency_s", "latency_s_low", "latency_s_high"), with_interval, min
+    ),
+    Column("tok/s", ("tokens_per_s",), digits, max),
+    Column("peak GiB", ("peak_bytes",), gib, min),
+    Column("state GiB", ("state_bytes",), gib, min),
+    Column("vs Dense", ("speedup", "speedup_low", "speedup_high"), faster),
+    Column("vs Dense-2D", ("speedup_2d", "speedup_2d_low", "speedup_2d_high"), faster),
+    Column("% of floor", ("floor_share",), percent),
+    Column("n", ("n",), whole),
+    Column("params M (non-emb.)", ("num_params", "num_params_non_embedding"), millions),
+)
+OTHER_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("suite", ("suite",), str),
+    Column("seed", ("seed",), whole),
+    Column("status", ("status",), str),
+)
+DEFINITIONS = (
+    "latency = median time of a whole generation, prefill included; tok/s = batch x new tokens / "
+    "decode time; n = repeats.",
+    "peak = max reserved by the allocator, captured graphs included (CPU: resident set, with the "
+    "interpreter). state = by formula.",
+    "vs Dense, vs Dense-2D = their median latency / median latency, same setting, 95 % interval.",
+    "floor = least time by bytes and FLOPs at the best ceilings measured in the same run; "
+    "% of floor = floor / latency.",
+)
+
+
+def run_table(run: store.Run) -> Table:
+    """What `cat-bench show` prints: all closed cases of one run."""
+    made = records_table(frame([run]))
+    num_open = len(run.cases()) - len(run.closed())
+    if num_open:
+        unfinished = f"{num_open} of {len(run.cases())} cases have not run: continue with --resume."
+        made = replace(made, notes=(*made.notes, unfinished))
+    return replace(made, title=run.name)
+
+
+def records_table(records: pd.DataFrame) -> Table:
+    """The efficiency table; suites that measure no latency get one column per metric."""
+    rows = measured(records)
+    if rows.empty:
+        return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
+    efficiency = bool((rows["suite"] == "efficiency").all())
+    if efficiency and "latency_s" not in rows:  # nothing went well: statuses still need a column
+        rows["latency_s"] = math.nan
+    columns = EFFICIENCY_COLUMNS if efficiency else OTHER_COLUMNS + _metric_columns(records)
+    columns = (*_distinguishing(rows), *columns)
+    by = ["batch_size", "seq_len"]
+    rows = dense_first(rows) if efficiency else rows
+    made = table(rows, columns, by)
+    notes = (
+        *(DEFINITIONS if efficiency else ()),
+        *failures(rows),
+        *foreign_dense(rows),
+        *warnings(rows, records),
+    )
+    return replace(
+        made,
+        heading=" · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)]),
+        notes=notes,
+    )
+
+
+def details_table(records: pd.DataFrame) -> Table | None:
+    """Per token and per case: what the efficiency table has no room for. None without steps.
+
+    Steps come from one instrumented generation; a boundary step of CAT closes a chunk (compress,
+    write the slot), all its others are inner steps.
+    """
+    return details_of(measured(records))
+
+
+def details_of(rows: pd.DataFrame) -> Table | None:
+    """`details_table` of rows that are measured and labelled already."""
+    if rows.empty or "step_s.samples" not in rows:
+        return None
+    made = table(_with_step_statistics(dense_first(rows)), DETAIL_COLUMNS)
+    return replace(made, notes=DETAIL_DEFINITIONS, suffix="steps")
+
+
+def full_table(records: pd.DataFrame) -> Table:
+    """Both tables in one, with run, scale and device: JSON and CSV have no page to fit."""
+    rows, made = measured(records), records_table(records)
+    if rows.empty or "latency_s" not in rows:
+        return made
+    rows = dense_first(rows)
+    columns = [Column(name, (name,), str) for name in ("run", "scale", "device_name")]
+    columns += EFFICIENCY_COLUMNS
+    if "step_s.samples" in rows:
+        rows = _with_step_statistics(rows)
+        columns += [c for c in DETAIL_COLUMNS if c.title not in made.text]
+    return replace(table(rows, columns), heading=made.heading, notes=made.notes)
+
+
+def _with_step_statistics(rows: pd.DataFrame) -> pd.DataFrame:
+    return _joined(rows, [_step_statistics(row) for _, row in rows.iterrows()])
+
+
+def _step_statistics(row: pd.Series) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for kind in ("step", "step_inner", "step_boundary"):
+        samples = row.get(f"{kind}_s.samples")
+        if isinstance(samples, list) and samples:
+            cuts = np.percentile(samples, PERCENTILES)
+            found |= {f"{kind}_p{p}_s": c for p, c in zip(PERCENTILES, cuts, strict=True)}
+            found[f"{kind}_mean_s"], found[f"{kind}_count"] = float(np.mean(samples)), len(samples)
+    samples = row.get("step_s.samples")
+    if isinstance(samples, list) and samples:
+        tenth = max(1, len(samples) // 10)
+        found["step_first_s"] = float(np.mean(samples[:tenth]))
+        found["step_last_s"] = float(np.mean(samples[-tenth:]))
+    if "step_boundary_count" in found:
+        found["boundary_share"] = found["step_boundary_count"] / found["step_count"]
+    ttft = row.get("ttft_s.samples")
+    if isinstance(ttft, list) and ttft:
+        interval = _summary(tuple(ttft))
+        found["ttft_s_low"], found["ttft_s_high"] = interval.low, interval.high
+    return found
+
+
+def milliseconds(*seconds: float) -> str:
+    return " / ".join(digits(1000 * value) for value in seconds)
+
+
+def milliseconds_with_interval(value: float, low: float, high: float) -> str:
+    return with_interval(1000 * value, 1000 * low, 1000 * high)
+
+
+def _percentiles(title: str, kind: str) -> Column:
+    return Column(title, tuple(f"{kind}_p{p}_s" for p in PERCENTILES), milliseconds)
+
+
+PERCENTILES = (50, 90, 95, 99)
+DETAIL_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    Column("TTFT ms", ("ttft_s", "ttft_s_low", "ttft_s_high"), milliseconds_with_interval),
+    Column("step ms mean", ("step_mean_s",), milliseconds),
+    _percentiles("p50 / p90 / p95 / p99", "step"),
+    _percentiles("inner", "step_inner"),
+    _percentiles("boundary", "step_boundary"),
+    Column("boundary %", ("boundary_share",), percent),
+    Column("first 10 %", ("step_first_s",), milliseconds),
+    Column("last 10 %", ("step_last_s",), milliseconds),
+    Column("mJ/token", ("energy_per_token_j",), milliseconds),
+    Column("graph GiB", ("graph_pool_bytes",), gib),
+    Column("capture s", ("compile_s",), digits),
+)
+DETAIL_DEFINITIONS = (
+    "TTFT = prefill and first token. Steps: one instrumented generation, one event a step, in ms; "
+    "inner, boundary = the same percentiles of CAT's steps inside a chunk and of those that close "
+    "one; first, last 10 % = mean of those positions.",
+    "graph = private pools of captured graphs. capture = state, kernels and graphs, once, outside "
+    "of every latency; seconds more where kernels are not yet in Triton's cache.",
+)
+
+
+def dense_first(rows: pd.DataFrame) -> pd.DataFrame:
+    """By batch size and length; within them Dense, then the others by name, whatever ran first."""
+
+    def place(label: str) -> tuple:  # CAT-8 before CAT-16
+        numbers_apart = re.split(r"(\d+)", label)
+        return not label.startswith("Dense"), [int(p) if p.isdigit() else p for p in numbers_apart]
+
+    order = {label: n for n, label in enumerate(sorted(rows["label"].unique(), key=place))}
+    rows = rows.assign(place=rows["label"].map(order))
+    rows = rows.sort_values(["batch_size", "seq_len", "place", "run"], kind="stable")
+    return rows.drop(columns="place").reset_index(drop=True)
+
+
+def _distinguishing(rows: pd.DataFrame) -> list[Column]:
+    """A column for each setting in which the rows of one table differ."""
+    names = ("run", "decode_path", "dtype", "prompt_len", "seed")
+    return [Column(name, (name,), str) for name in names if rows[name].nunique() > 1]
+
+
+def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
+    metrics = [m for m in records["metric"].unique() if m != "case"]
+    return tuple(Column(metric, (metric,), digits) for metric in metrics)
+
+
+def _settings_line(rows: pd.DataFrame) -> list[str]:
+    """What all rows share is said once, above the table; what differs is listed."""
+    parts = [", ".join(dict.fromkeys(rows[name])) for name in ("dtype", "decode_path")]
+    prompts = sorted(set(rows["prompt_len"]))
+    parts.append(f"prompt {', '.join(str(p) for p in prompts)} tokens")
+    if "smoke" in set(rows["scale"]):
+        parts.append("smoke scale: proves the pipeline, numbers are meaningless")
+    return parts
+
+
+def failures(rows: pd.DataFrame) -> tuple[str, ...]:
+    """One note per case that failed or is unsupported, with the last line of its error."""
+    bad = rows[rows["status"].isin(["failed", "unsupported"])]
+    return tuple(
+        f"{row.status}: {row.label}, batch {row.batch_size}, length {row.seq_len}: "
+        f"{str(row.error or 'no message').strip().splitlines()[-1]} (case {row.case})"
+        for row in bad.itertuples()
+    )
+
+
+def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note where a ratio had to take Dense from another run of the same device model."""
+    if "dense_run" not in rows:
+        return ()
+    foreign = rows[rows["dense_run"].notna() & (rows["dense_run"] != rows["run"])]
+    pairs = sorted({f"{row.run} against {row.dense_run}" for row in foreign.itertuples()})
+    return tuple(f"warning: ratios to Dense across runs: {pair}." for pair in pairs)
+
+
+def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
+    """What makes numbers doubtful: drift of repeats or of the run, two clocks that disagree."""
+    found = []
+    for _, row in rows.iterrows():
+        name = f"{row['label']}, batch {row['batch_size']}, length {row['seq_len']}"
+        samples = latency_samples(row)
+        if len(samples) >= 3 and abs(stats.drift(samples)) > stats.MARGIN:
+            found.append(f"warning: {name}: repeats drift by {100 * stats.drift(samples):+.1f} %.")
+        host, device = row.get("host_latency_s"), row.get("latency_s")
+        if row["device"] == "cuda" and pd.notna(host) and abs(host / device - 1) > MAX_CLOCK_GAP:
+            gap = 100 * (host / device - 1)
+            found.append(f"warning: {name}: host clock differs from CUDA events by {gap:+.1f} %.")
+        gap = row.get("step_sum_difference")
+        if pd.notna(gap):
+            found.append(f"warning: {name}: the instrumented steps add up to {100 * gap:+.1f} %.")
+    return (*found, *_slow_downs(rows), *_reference_drift(records))
+
+
+def _slow_downs(rows: pd.DataFrame) -> list[str]:
+    """Which reasons the GPU gave for lower clocks after how many cases."""
+    notes = []
+    for name in (c for c in rows if c.startswith("slow_down_") and c.endswith("_after")):
+        count = int((rows[name] == 1).sum())
+        reason = name.removeprefix("slow_down_").removesuffix("_after").replace("_", " ")
+        if count:
+            notes.append(f"clocks: {reason} was active at the end of {count} of {len(rows)} cases.")
+    return notes
+
+
+def _reference_drift(records: pd.DataFrame) -> list[str]:
+    """The reference case at the start against the one at the end, per run."""
+    rows = closed_rows(records)
+    rows = rows[rows["settings"].map(is_reference) & (rows["status"] == "ok")]
+    notes = []
+    for run, group in rows.groupby("run", sort=False):
+        if len(group) < 2:
+            continue
+        first, last = (group.sort_values("at")["latency_s"].iloc[i] for i in (0, -1))
+        drift = last / first - 1
+        word = "warning: " if abs(drift) > stats.MARGIN else ""
+        notes.append(
+            f"{word}reference case of {run}: {digits(first)} s first, {digits(last)} s last, "
+            f"drift {100 * drift:+.1f} %."
+        )
+    return notes
