@@ -89,7 +89,9 @@ def test_smoke_is_small_and_shares_no_case_with_another_scale() -> None:
     }
     assert {c.batch_size for c in smoke.values()} <= {1, 4}
     assert {c.seq_len for c in smoke.values()} <= {32, 64}
-    assert all("num_layers=2" in c.arch and "vocab_size=256" in c.arch for c in smoke.values())
+    assert all("vocab_size=256" in c.arch for c in smoke.values())
+    deep = {c.arch.split(":")[0] for c in smoke.values() if "num_layers=2" not in c.arch}
+    assert deep <= {"based"}  # its depth is its pattern of layers
     assert not set(smoke) & {c.key for name in EXHIBITS for c in plan(name)}
     assert not {c.key for c in plan("fig2", "paper")} & {c.key for c in plan("fig2")}
 
@@ -109,7 +111,16 @@ def test_a_new_baseline_file_appears_without_an_edit(tmp_path, monkeypatch) -> N
     assert {c.arch for c in plan("fig6")} >= {"mamba2", "mamba2:d_state=16"}
     (tiny, _) = [c for c in plan("fig2", "smoke") if c.arch.startswith("mamba2")]
     assert tiny.arch == "mamba2:num_layers=2,width=64"
-    assert "mamba2" not in _settings.missing(_settings.ARCHITECTURES)
+    assert "mamba2" not in " ".join(_settings.missing(_settings.ARCHITECTURES, "h100"))
+
+
+def test_a_baseline_without_a_fast_path_is_not_timed_on_a_gpu(tmp_path, monkeypatch) -> None:
+    source = "class Config:\n    width: int = 1024\n\nclass Model:\n    decode_paths = ('eager',)\n"
+    (tmp_path / "mamba2.py").write_text(source)
+    monkeypatch.setattr(spec, "BASELINES", tmp_path)
+    assert not [c for c in plan("fig2") if c.arch.startswith("mamba2")]
+    assert [c for c in plan("fig2", "smoke") if c.arch.startswith("mamba2")]
+    assert "mamba2 (no fast decode path)" in _settings.missing(["mamba2"], "h100")
 
 
 def test_statuses_without_any_run(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Specs: text in, canonical text out, clear sentences for bad text, files found unimported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_values_survive_the_trip_through_text(width: int, ratio: float, gated: b
 def test_unknown_architecture_names_near_and_available_ones():
     message = refusal("dens")
     assert message.startswith("unknown architecture 'dens'. Did you mean: dense")
-    assert "Available: cat, dense" in message
+    assert re.search(r"Available: (\w+, )*cat, dense, ", message)
     assert "Your own: --arch path/to/file.py" in message
     assert "Did you mean: cat-8" in refusal("cat8")
 

@@ -67,7 +67,7 @@ def statuses(results: Path, scale: str, warn: Callable[[str], None] | None = Non
     for text in skipped if warn else ():
         warn(text)
     return [
-        _status(name, find(records, exhibit(name).plan(scale)), index.get(name))
+        _status(name, find(records, exhibit(name).plan(scale)), index.get(name), scale)
         for name, _ in spec.exhibits()
     ]
 
@@ -94,7 +94,7 @@ def build(
         drawn[name] = exhibit(name).render(found.records, points_of(name), scale)
         files += write(drawn[name], folder, name)
         index[name] = sorted({case.key for case in found.planned})
-        made.append(_status(name, found, index[name]))
+        made.append(_status(name, found, index[name], scale))
     _write_index(folder, index)
     html = folder / "report.html"
     sections = [*_left_out(skipped), *(_section(s, drawn[s.name], folder) for s in made)]
@@ -171,7 +171,7 @@ def missing_cases(names: Sequence[str], scale: str, records: pd.DataFrame) -> li
     missing: dict[str, Case] = {}
     for name in names:
         found = find(records, exhibit(name).plan(scale))
-        if _settings.only_reference(getattr(exhibit(name), "ARCHITECTURES", ())):
+        if _settings.only_reference(getattr(exhibit(name), "ARCHITECTURES", ()), scale):
             continue
         missing |= {case.key: case for case in found.planned if case.key not in found.statuses}
     return list(missing.values())
@@ -180,13 +180,14 @@ def missing_cases(names: Sequence[str], scale: str, records: pd.DataFrame) -> li
 # --- status --------------------------------------------------------------------------------------
 
 
-def _status(name: str, found: Found, rendered: list[str] | None) -> Status:
+def _status(name: str, found: Found, rendered: list[str] | None, scale: str) -> Status:
     module = exhibit(name)
     known = {suite for suite, _ in spec.suites()}
     unbuilt = [suite for suite in module.SUITES if suite not in known]
     names = getattr(module, "ARCHITECTURES", ())
-    absent = _settings.missing(names)
-    word = _word(found, unbuilt, absent, _settings.only_reference(names), rendered)
+    absent = _settings.missing(names, scale)
+    alone = _settings.only_reference(names, scale)
+    word = _word(found, unbuilt, absent, alone, rendered)
     details = []
     if not word.startswith("not built"):
         details += [f"without {', '.join(absent)}"] if absent else []

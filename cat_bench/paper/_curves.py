@@ -24,7 +24,7 @@ def content(
 ) -> Content:
     """The figure, its rows, and a table with % of floor, ratios and crossing points."""
     rows = measured(records, names, cases, scale)
-    if _settings.only_reference(names):
+    if _settings.only_reference(names, scale):
         rows = rows.iloc[:0]  # Dense without its subject: the paper's points alone say more
     units = {panel.published for panel in panels}
     published = [point for point in published if point.unit in units]
@@ -57,7 +57,11 @@ def caption(
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
 ) -> str:
     """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks."""
-    parts = [heading(rows), f"{_settings.scale_of(scale).says}."] if len(rows) else [no_row(names)]
+    parts = (
+        [heading(rows), f"{_settings.scale_of(scale).says}."]
+        if len(rows)
+        else [no_row(names, scale)]
+    )
     if "latency_s_low" in rows and rows["latency_s_low"].notna().any():
         parts.append("95 % intervals are narrower than the markers where no bar is visible.")
     if len(rows) and scale != "smoke" and not figures.may_overlay(rows):
@@ -65,16 +69,16 @@ def caption(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
         )
         parts += [PEAKS] if any(panel.published == "GiB" for panel in panels) else []
-    absent = _settings.missing(names)
+    absent = _settings.missing(names, scale)
     if absent:
         parts.append(f"Not built yet: {', '.join(absent)}.")
     return "\n".join([f"{title}.", " ".join(parts)])
 
 
-def no_row(names: Sequence[str]) -> str:
+def no_row(names: Sequence[str], scale: str) -> str:
     """Which rows of ours a figure of the paper's points alone is waiting for."""
     whose = "ours"
-    if _settings.only_reference(names):
+    if _settings.only_reference(names, scale):
         subjects = (_settings.label(name).partition(" (")[0] for name in names if name != "dense")
         whose = " or ".join(dict.fromkeys(subjects))
     return f"No row of {whose} yet: the paper's points, {figures.PAPER_DEVICE}, read off its plots."
@@ -109,7 +113,7 @@ def ratio_table(
     notes += tables.foreign_dense(rows)
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
-    absent = _settings.missing(names)
+    absent = _settings.missing(names, scale)
     if absent:
         notes.append(f"Not built yet: {', '.join(absent)}.")
     return replace(made, title=title, heading=heading(rows), notes=tuple(notes))

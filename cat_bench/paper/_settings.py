@@ -93,29 +93,38 @@ def label(name: str) -> str:
     return LABELS.get(name) or LABELS.get(preset, preset.upper())
 
 
-def available(names: Iterable[str]) -> list[str]:
-    """Those of `names` whose architecture, preset and settings exist."""
-    return [name for name in names if _exists(name)]
+def available(names: Iterable[str], scale: str) -> list[str]:
+    """Those of `names` that can be timed at this scale (see `_lacks`)."""
+    return [name for name in names if not _lacks(name, scale)]
 
 
-def missing(names: Iterable[str]) -> list[str]:
-    """What is not built yet: files, and settings of files that exist."""
-    absent = [name for name in names if not _exists(name)]
-    files = (name if _exists(name.partition(":")[0]) else name.partition(":")[0] for name in absent)
-    return list(dict.fromkeys(files))
+def missing(names: Iterable[str], scale: str) -> list[str]:
+    """What is not built yet and why: one text per reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name in names:
+        reason = _lacks(name, scale)
+        if reason:
+            by_reason.setdefault(reason, []).append(name)
+    return [f"{', '.join(lacking)} ({reason})" for reason, lacking in by_reason.items()]
 
 
-def only_reference(names: Iterable[str]) -> bool:
+def only_reference(names: Iterable[str], scale: str) -> bool:
     """Whether of all `names` only Dense exists, and not what the exhibit is about."""
-    return available(names) == ["dense"]
+    return available(names, scale) == ["dense"]
 
 
-def _exists(name: str) -> bool:
+def _lacks(name: str, scale: str) -> str:
+    """Why `name` cannot be timed at this scale; empty: it can.
+
+    On a GPU a baseline without a fast path is not timed at all: its eager loop would be bound by
+    launches, and a slow baseline flatters everything beside it.
+    """
     try:
-        spec.parse(name)
+        parsed = spec.parse(name)
     except UserError:
-        return False
-    return True
+        return "no such file or setting"
+    fast = len(_info(parsed.name).decode_paths) > 1
+    return "" if fast or scale_of(scale).device == "cpu" else "no fast decode path"
 
 
 def arch_text(name: str, scale: str, seq_len: int) -> str:
@@ -163,7 +172,7 @@ def timed_cases(
             decode_path=path,
             scale=scale,
         )
-        for name in available(names)
+        for name in available(names, scale)
         for path in [decode_path(name, chosen.device)]
         for seq_len in seq_lens
         for arch in [arch_text(name, scale, seq_len)]
@@ -185,7 +194,7 @@ def relabelled(
         return rows
     texts = {
         arch_text(name, scale, seq_len): label(name)
-        for name in available(names)
+        for name in available(names, scale)
         for seq_len in seq_lens
     }
     return rows.assign(label=rows["arch"].map(texts).fillna(rows["label"]))

@@ -29,7 +29,7 @@ def plan(scale: str) -> list[Case]:
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows = _curves.measured(records, ARCHITECTURES, plan(scale), scale)
     notes = [f"SWDE, ours: not built (needs suites: {', '.join(SUITES[1:])})."]
-    absent = _settings.missing(ARCHITECTURES)
+    absent = _settings.missing(ARCHITECTURES, scale)
     if absent:
         notes.append(f"Not built yet: {', '.join(absent)}.")
     if scale == "smoke":
