@@ -102,7 +102,10 @@ def refused(answer: Answer, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ("-a dens", ["unknown architecture 'dens'. Did you mean: dense", "Available: cat, dense"]),
+        (
+            "-a dens",
+            ["unknown architecture 'dens'. Did you mean: dense", "Available: based, cat, dense, "],
+        ),
         ("-a cat:chunksize=8", ["no setting 'chunksize'. Did you mean: chunk_size?"]),
         ("-a cat:chunk_size=eight", ["chunk_size='eight' is not an integer", "Example"]),
         ("-a cat:chunk_size=2048", ["chunk_size must lie between 1 and max_len=1024, got 2048"]),
