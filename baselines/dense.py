@@ -12,19 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import (
-    HEAD_WIDTH,
-    Block,
-    attention,
-    causal_attention,
-    check_width,
-    linear_params,
-    rope_table,
-)
-from cat_bench.graph import CapturedStep, Rows, block_step, rms_norm
+from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
+from cat_bench.blocks import HEAD_WIDTH, Attend, causal_attention, check_width, rope_table
+from cat_bench.graph import CapturedStep, Rows
+from cat_bench.language_model import Transformer
 
 PRESETS = {
     "dense-2d": {"width": 2048},
@@ -64,51 +57,21 @@ class State(NamedTuple):
     captured: CapturedStep | None  # decode path cuda_graph: the step, tied to these buffers
 
 
-class Model(nn.Module):
+class Model(Transformer):
     decode_paths = ("eager", "cuda_graph")
-    max_len = None  # RoPE knows no limit
+    forward_paths = ("eager", "compile")
 
-    def __init__(self, config: Config, decode_path: str = "eager"):
-        super().__init__()
-        self.config, self.decode_path = config, decode_path
-        c = config
-        self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(
-            Block(c.width, c.num_kv_heads, eps=c.norm_eps) for _ in range(c.num_layers)
-        )
-        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding
-        self.init_weights()
+    def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
+        super().__init__(config, decode_path, forward_path)
 
-    def init_weights(self) -> None:
-        for table in (self.embed, self.head):
-            nn.init.normal_(table.weight, std=(2 / (5 * self.config.width)) ** 0.5)
-        for block in self.blocks:
-            block.init_weights(self.config.num_layers)
-
-    def forward(self, tokens: Tokens) -> Logits:
-        rope = rope_table(
-            torch.arange(tokens.shape[1], device=tokens.device), self.config.rope_base
-        )
-        x = self.embed(tokens)  # (b, t, d)
-        for block in self.blocks:
-            x = block(x, rope, lambda q, k, v: attention(q, k, v, causal=True))
-        return self.head(self.norm(x))  # (b, t, v)
+    def attend_all(self, num_tokens: int, device: torch.device) -> Attend:
+        return causal_attention
 
     def init_state(self, batch_size: int, max_len: int) -> State:
-        c, like = self.config, self.head.weight
-        kv_heads = c.num_kv_heads or c.width // HEAD_WIDTH
-        shape = (c.num_layers, batch_size, kv_heads, max_len, HEAD_WIDTH)
+        like = self.head.weight
+        shape = (self.config.num_layers, batch_size, self.num_kv_heads, max_len, HEAD_WIDTH)
         buffers = State(like.new_zeros(shape), like.new_zeros(shape), 0, None)
-        if self.decode_path == "eager":
-            return buffers
-        rope = rope_table(torch.arange(max_len, device=like.device), c.rope_base)
-        captured = CapturedStep(
-            lambda token, row: self._graphed_step(token, row, buffers, rope),
-            batch_size,
-            like.device,
-        )
-        return buffers._replace(captured=captured)
+        return buffers._replace(captured=self.capture(buffers, max_len, growing_rows))
 
     def reset(self, state: State) -> State:
         return state._replace(num_tokens=0)  # rows past the counter are never read
@@ -135,49 +98,21 @@ class Model(nn.Module):
         logits = state.captured(token, state.num_tokens)
         return logits, state._replace(num_tokens=state.num_tokens + 1)
 
-    def _graphed_step(self, token: Tensor, row: Tensor, state: State, rope) -> Tensor:
-        """One step on the fast kernels, without host values. token (b,), row (b,) to write."""
-        rows = Rows(write=row, rope_id=row, first_end=row, second_start=row, second_end=row)
-        x = self.embed(token)  # (b, d)
-        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-            x = block_step(block, x, keys, values, rows, rope)
-        return self.head(rms_norm(x, self.norm))
-
     def _check_room(self, end: int, state: State) -> None:
         if end > state.keys.shape[3]:
             raise ValueError(
                 f"the state holds {state.keys.shape[3]} tokens; token {end} was given."
             )
 
-    def step_kind(self, num_tokens: int) -> str:
-        return "step"
-
-    @property
-    def num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    @property
-    def num_params_non_embedding(self) -> int:
-        return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
-
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
         """2 (key, value) x layers x batch x tokens x kv width x bytes per element."""
-        c = self.config
-        kv_width = c.num_kv_heads * HEAD_WIDTH if c.num_kv_heads else c.width
-        return 2 * c.num_layers * batch_size * seq_len * kv_width * self.head.weight.itemsize
-
-    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
-        return self.state_bytes(batch_size, seq_len)
+        return batch_size * seq_len * self.row_bytes
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix once, 2 FLOP per weight. State: all rows so far, 4 L D each."""
-        c = self.config
-        weights = c.num_layers * linear_params(c.width, c.num_kv_heads) + c.width * c.vocab_size
-        return (
-            Cost("weights", weights * self.head.weight.itemsize, 2 * batch_size * weights),
-            Cost(
-                "state",
-                self.state_bytes(batch_size, num_tokens),
-                4 * batch_size * c.num_layers * c.width * num_tokens,
-            ),
-        )
+        return self.costs(batch_size, num_tokens)
+
+
+def growing_rows(position: Tensor) -> Rows:
+    """Token `position` (b,) writes the row of its number and sees all before it."""
+    return Rows(position, position, first_end=position, second_start=position, second_end=position)

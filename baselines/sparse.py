@@ -21,12 +21,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import HEAD_WIDTH, Block, attention, check_width, linear_params, rope_table
+from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
+from cat_bench.blocks import HEAD_WIDTH, Attend, attention, check_width, rope_table
+from cat_bench.graph import CapturedStep, Rows
+from cat_bench.language_model import Transformer
 
 PRESETS = {"sparse-2d": {"width": 2048}}
+REQUIRES = {"cuda_graph": "triton"}
 
 
 @dataclass(frozen=True)
@@ -60,50 +63,36 @@ class Config:
 class State(NamedTuple):
     """Rows 0..N//S - 1 of the cache are summary columns, the last S rows the open block.
 
-    The last token of a block is the last of its rows and a summary column: it is written twice.
+    The last token of a block is the last of its rows and a summary column. As a row of the block no
+    later token reads it, so a graphed step writes it into its column alone.
     """
 
     keys: Tensor  # (l, b, h, s, e), rotated; filled in place
     values: Tensor  # (l, b, h, s, e)
     num_tokens: int  # tokens read so far
+    captured: CapturedStep | None  # decode path cuda_graph: the step, tied to these buffers
 
 
-class Model(nn.Module):
-    decode_paths = ("eager",)
-    max_len = None  # RoPE knows no limit
+class Model(Transformer):
+    decode_paths = ("eager", "cuda_graph")
+    forward_paths = ("eager", "compile")
 
-    def __init__(self, config: Config, decode_path: str = "eager"):
-        super().__init__()
-        self.config, self.decode_path = config, decode_path
-        c = config
-        self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(
-            Block(c.width, c.num_kv_heads, eps=c.norm_eps) for _ in range(c.num_layers)
-        )
-        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding
-        self.init_weights()
+    def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
+        super().__init__(config, decode_path, forward_path)
 
-    def init_weights(self) -> None:
-        for table in (self.embed, self.head):
-            nn.init.normal_(table.weight, std=(2 / (5 * self.config.width)) ** 0.5)
-        for block in self.blocks:
-            block.init_weights(self.config.num_layers)
-
-    def forward(self, tokens: Tokens) -> Logits:
-        num_tokens, c = tokens.shape[1], self.config
-        rope = rope_table(torch.arange(num_tokens, device=tokens.device), c.rope_base)
-        seen = strided_mask(0, num_tokens, c.stride, tokens.device)
-        x = self.embed(tokens)  # (b, t, d)
-        for block in self.blocks:
-            x = block(x, rope, lambda q, k, v: attention(q, k, v, mask=seen))
-        return self.head(self.norm(x))  # (b, t, v)
+    def attend_all(self, num_tokens: int, device: torch.device) -> Attend:
+        seen = strided_mask(0, num_tokens, self.config.stride, device)
+        return lambda q, k, v: attention(q, k, v, mask=seen)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         c, like = self.config, self.head.weight
-        kv_heads = c.num_kv_heads or c.width // HEAD_WIDTH
-        shape = (c.num_layers, batch_size, kv_heads, max_len // c.stride + c.stride, HEAD_WIDTH)
-        return State(like.new_zeros(shape), like.new_zeros(shape), num_tokens=0)
+        num_rows = max_len // c.stride + c.stride
+        shape = (c.num_layers, batch_size, self.num_kv_heads, num_rows, HEAD_WIDTH)
+        buffers = State(like.new_zeros(shape), like.new_zeros(shape), 0, None)
+        captured = self.capture(
+            buffers, max_len, lambda position: strided_rows(position, c.stride, num_rows)
+        )
+        return buffers._replace(captured=captured)
 
     def reset(self, state: State) -> State:
         return state._replace(num_tokens=0)  # rows past the counter are never read
@@ -135,7 +124,11 @@ class Model(nn.Module):
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        return self.prefill(token[:, None], state)
+        if state.captured is None:
+            return self.prefill(token[:, None], state)
+        self._check_room(state.num_tokens + 1, state)
+        logits = state.captured(token, state.num_tokens)
+        return logits, state._replace(num_tokens=state.num_tokens + 1)
 
     def _live(self, cache: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Rows of (b, h, s, e) that the token at position `start` may read, in order of position:
@@ -166,43 +159,14 @@ class Model(nn.Module):
 
     # Costs (cat_spec.md 5).
 
-    def step_kind(self, num_tokens: int) -> str:
-        return "step"
-
-    @property
-    def num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    @property
-    def num_params_non_embedding(self) -> int:
-        return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
-
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
         """2 (key, value) x layers x batch x (N/S + S) rows x kv width x bytes per element."""
-        return batch_size * (seq_len // self.config.stride + self.config.stride) * self._row_bytes()
-
-    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
-        return self.state_bytes(batch_size, seq_len)  # no token ids; the counter is on the host
-
-    def _row_bytes(self) -> int:
-        c = self.config
-        kv_width = c.num_kv_heads * HEAD_WIDTH if c.num_kv_heads else c.width
-        return 2 * c.num_layers * kv_width * self.head.weight.itemsize
+        return batch_size * (seq_len // self.config.stride + self.config.stride) * self.row_bytes
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix once, 2 FLOP per weight. State: the rows that are seen, 4 D L."""
-        c = self.config
-        weights = c.num_layers * linear_params(c.width, c.num_kv_heads) + c.width * c.vocab_size
-        columns, offset = divmod(num_tokens - 1, c.stride)
-        rows = columns + offset + 1
-        return (
-            Cost("weights", weights * self.head.weight.itemsize, 2 * batch_size * weights),
-            Cost(
-                "state",
-                batch_size * rows * self._row_bytes(),
-                4 * batch_size * c.num_layers * c.width * rows,
-            ),
-        )
+        columns, offset = divmod(num_tokens - 1, self.config.stride)
+        return self.costs(batch_size, columns + offset + 1)
 
 
 def sees(query: Tensor, key: Tensor, stride: int) -> Tensor:
@@ -219,3 +183,16 @@ def strided_mask(start: int, end: int, stride: int, device: torch.device) -> Ten
     columns = torch.arange(num_columns, device=device) * stride + stride - 1
     open_block = torch.arange(start - num_open, start, device=device)
     return sees(new[:, None], torch.cat([columns, open_block, new]), stride)
+
+
+def strided_rows(position: Tensor, stride: int, num_rows: int) -> Rows:
+    """For a graphed step: the token at `position` (b,) sees the columns and its open block."""
+    block, offset = position // stride, position % stride
+    first_open = num_rows - stride
+    return Rows(
+        write=torch.where(offset == stride - 1, block, first_open + offset),
+        rope_id=position,
+        first_end=block,
+        second_start=torch.full_like(position, first_open),
+        second_end=first_open + offset,
+    )

@@ -4,8 +4,9 @@ Shape letters of the whole project: b batch, t tokens, s cache rows, d width, h 
 v vocabulary, k chunks, c chunk size, l layers.
 
 An architecture is a file that exports `Config` (frozen dataclass; its defaults are the paper's) and
-`Model(config, decode_path="eager")`. CAT lives in cat_bench/cat.py, all others in baselines/, a
-user's own anywhere (`--arch path/to/mine.py:width=512`).
+`Model(config, decode_path="eager")`; where it has several ways to run `forward`, a third argument
+`forward_path="eager"`. CAT lives in cat_bench/cat.py, all others in baselines/, a user's own
+anywhere (`--arch path/to/mine.py:width=512`).
 """
 
 import importlib
@@ -50,6 +51,8 @@ class Architecture(Protocol):
 
     decode_paths: tuple[str, ...]  # class attribute, "eager" first
     decode_path: str  # the one in use: stored with every number
+    # Optional, ("eager",) where missing: ways to run `forward`, given to Model as `forward_path`.
+    forward_paths: tuple[str, ...]
     config: Any
     max_len: int | None  # longest sequence it can hold; None: no limit
 
@@ -176,15 +179,21 @@ def build(
     device: str = "cpu",
     dtype: str = "float32",
     seed: int = 0,
+    forward_path: str = "eager",
 ) -> Architecture:
     """A model with random weights, made directly on `device` ("meta" allocates nothing).
 
-    Raises UserError for an unknown name, key or value and for a decode path that it lacks.
+    Raises UserError for an unknown name, key or value and for a path that it lacks.
     """
     module, config = load_module(spec), make_config(spec)
     if decode_path not in module.Model.decode_paths:
         have = ", ".join(module.Model.decode_paths)
         raise UserError(f"{spec.text} has no decode path '{decode_path}'; it has: {have}.")
+    forward_paths = getattr(module.Model, "forward_paths", ("eager",))
+    if forward_path not in forward_paths:
+        raise UserError(
+            f"{spec.text} has no forward path '{forward_path}'; it has: {', '.join(forward_paths)}."
+        )
     if decode_path != "eager" and dtype == "float64":
         raise UserError(
             f"decode path '{decode_path}' computes in float32, so dtype float64 would be untrue.",
@@ -195,6 +204,7 @@ def build(
     torch.set_default_dtype(DTYPES[dtype])
     try:
         with torch.device(device):
-            return module.Model(config, decode_path).eval()
+            chosen = {} if forward_path == "eager" else {"forward_path": forward_path}
+            return module.Model(config, decode_path, **chosen).eval()
     finally:
         torch.set_default_dtype(before)

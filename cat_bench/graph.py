@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     """Where each sequence of the batch reads and writes: int64 (b,), on the device.
 
     A query sees rows 0 .. first_end - 1, rows second_start .. second_end - 1, and the row that it
-    writes itself; `write` lies outside of both ranges.
+    writes itself. The ranges are apart; where `write` lies in one, the new row replaces the old.
     """
 
     write: Tensor
@@ -81,6 +81,18 @@ def block_step(
     return x.addmm_(kernels.swiglu(gate_up), block.w2.weight.T)
 
 
+def conv_step_reference(
+    new: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """One token of a causal depthwise convolution. new (b, m), inputs (b, w, m) changed in place,
+    oldest first; weight (m, w), newest last; bias (m,) -> (b, m).
+    """
+    inputs.copy_(torch.cat([inputs[:, 1:], new[:, None]], dim=1))
+    out = torch.einsum("bwm,mw->bm", inputs, weight)
+    out = out if bias is None else out + bias
+    return F.silu(out) if silu else out
+
+
 def packed_gate_up(block: Block) -> Tensor:
     """w1 over w3 as one (2 I, d) matrix: one matmul instead of two, for no additional memory.
 
@@ -106,7 +118,8 @@ class CapturedStep:
     """A decoding step as one CUDA graph with two inputs: the tokens and the row to write.
 
     `run(token (b,), row (b,)) -> logits (b, v)` must not touch host values. The logits live in the
-    graph's own memory: the next call overwrites them.
+    graph's own memory: the next call overwrites them. `end`: rows from it on are refused, because
+    tables of positions end there.
     """
 
     def __init__(
@@ -116,7 +129,9 @@ class CapturedStep:
         device: torch.device,
         first_row: int = 0,
         pool: tuple[int, int] | None = None,
+        end: int | None = None,
     ):
+        self.end = end
         self.token = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.row = torch.full_like(self.token, first_row)
         self.run = run  # a graph does not own its inputs: what `run` closes over must stay alive
@@ -134,6 +149,10 @@ class CapturedStep:
     def __call__(self, token: Tensor, row: int | Tensor) -> Tensor:
         self.token.copy_(token)
         if isinstance(row, int):
+            if self.end is not None and row >= self.end:
+                raise ValueError(
+                    f"the step was captured for {self.end} tokens; token {row + 1} was given."
+                )
             self.row.fill_(row)
         else:
             self.row.copy_(row)

@@ -74,8 +74,8 @@ def _attend_kernel(
     first_end = tl.load(first_end_ptr + b).to(tl.int32)
     share = tl.cdiv(tl.cdiv(first_end, SPLITS), BLOCK) * BLOCK
     start = split * share
+    write = tl.load(write_ptr + b)
     if split == 0:
-        write = tl.load(write_ptr + b)
         tl.store(keys_ptr + write * E + e, k)
         tl.store(values_ptr + write * E + e, v)
         best = tl.sum(q * k.to(tl.float32))
@@ -84,15 +84,15 @@ def _attend_kernel(
         low = tl.load(second_start_ptr + b).to(tl.int32)
         high = tl.load(second_end_ptr + b).to(tl.int32)
         best, total, acc = _attend_rows(
-            q, keys_ptr, values_ptr, low, high, best, total, acc, BLOCK, E, 1
+            q, keys_ptr, values_ptr, low, high, write, best, total, acc, BLOCK, E, 1
         )
     else:
-        best = float("-inf")
+        best = -1e30  # not -inf: a tile may hold no row but the skipped one
         total = 0.0
         acc = tl.zeros([E], tl.float32)
     end = tl.minimum(start + share, first_end)
     best, total, acc = _attend_rows(
-        q, keys_ptr, values_ptr, start, end, best, total, acc, BLOCK, E, STAGES
+        q, keys_ptr, values_ptr, start, end, write, best, total, acc, BLOCK, E, STAGES
     )
     if SPLITS == 1:
         tl.store(out_ptr + tl.program_id(0) * E + e, (acc / total).to(out_ptr.dtype.element_ty))
@@ -114,14 +114,16 @@ def _rotated(x_ptr, cos, sin, E: tl.constexpr):
 
 @triton.jit
 def _attend_rows(
-    q, keys_ptr, values_ptr, start, end, best, total, acc,
+    q, keys_ptr, values_ptr, start, end, skip, best, total, acc,
     BLOCK: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over cache rows start .. end - 1; reads nothing past them."""
+    """Online softmax over cache rows start .. end - 1 without row `skip`, which the query itself
+    is writing; reads nothing past them.
+    """
     e = tl.arange(0, E)
     for low in tl.range(start, end, BLOCK, num_stages=STAGES):
         row = low + tl.arange(0, BLOCK)
-        inside = row < end
+        inside = (row < end) & (row != skip)
         k = tl.load(keys_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
         v = tl.load(values_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
         score = tl.sum(k.to(tl.float32) * q, axis=1)
@@ -143,9 +145,53 @@ def _combine_kernel(partial_ptr, out_ptr, SPLITS: tl.constexpr, E: tl.constexpr)
     acc = tl.load(partial_ptr + split[:, None] * (E + 2) + e)
     best = tl.load(partial_ptr + split * (E + 2) + E)
     total = tl.load(partial_ptr + split * (E + 2) + E + 1)
-    weight = tl.exp2(best - tl.max(best))  # an empty share has best = -inf: weight 0
+    weight = tl.exp2(best - tl.max(best))  # an empty share has best = -1e30: weight 0
     out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight)
     tl.store(out_ptr + tl.program_id(0) * E + e, out.to(out_ptr.dtype.element_ty))
+
+
+def conv_step(
+    new: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """One token of a causal depthwise convolution, its window moved on: one launch.
+
+    Reference: graph.conv_step_reference. new (b, m), last dimension contiguous; inputs (b, w, m),
+    oldest first, changed in place to hold `new` last; weight (m, w), newest last; bias (m,).
+    Returns (b, m) in new's dtype; sums in float32.
+    """
+    batch_size, width, channels = inputs.shape
+    out = torch.empty(batch_size, channels, dtype=new.dtype, device=new.device)
+    _conv_step_kernel[(batch_size, triton.cdiv(channels, 1024))](
+        new, inputs, weight, weight if bias is None else bias, out, channels,
+        new.stride(0), weight.stride(0),
+        WIDTH=width, BIAS=bias is not None, SILU=silu, BLOCK=1024,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _conv_step_kernel(
+    new_ptr, inputs_ptr, weight_ptr, bias_ptr, out_ptr, channels, new_stride, weight_stride,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = m < channels
+    inputs_ptr += row * WIDTH * channels + m
+    total = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + m, mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(WIDTH):
+        if i < WIDTH - 1:
+            x = tl.load(inputs_ptr + (i + 1) * channels, mask=inside, other=0.0)
+        else:
+            x = tl.load(new_ptr + row * new_stride + m, mask=inside, other=0.0)
+        tl.store(inputs_ptr + i * channels, x.to(inputs_ptr.dtype.element_ty), mask=inside)
+        weight = tl.load(weight_ptr + m * weight_stride + i, mask=inside, other=0.0)
+        total += x.to(tl.float32) * weight.to(tl.float32)
+    if SILU:
+        total *= tl.sigmoid(total)
+    tl.store(out_ptr + row * channels + m, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -77,6 +77,7 @@ class ArchitectureInfo:
     fields: dict[str, Field]
     presets: dict[str, dict[str, Value]]
     decode_paths: tuple[str, ...]
+    forward_paths: tuple[str, ...]
     requires: dict[str, str]  # decode path -> package that it needs
 
     def missing(self, decode_path: str) -> str | None:
@@ -378,6 +379,7 @@ def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
         fields=_fields(classes["Config"], constants) if "Config" in classes else {},
         presets=_checked(path, "PRESETS", _literal(constants.get("PRESETS"), constants, {})),
         decode_paths=_literal(model.get("decode_paths"), constants, ("eager",)),
+        forward_paths=_literal(model.get("forward_paths"), constants, ("eager",)),
         requires=_checked(path, "REQUIRES", _literal(constants.get("REQUIRES"), constants, {})),
     )
 

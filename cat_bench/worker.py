@@ -99,23 +99,18 @@ def build_model(case: Case) -> Architecture:
             "Only random weights are measured: leave --weights out.",
         )
     _require_package(spec, case.decode_path)
-    model = build(spec, case.decode_path, case.device, case.dtype, case.seed)
-    forward_paths = getattr(model, "forward_paths", ("eager",))
-    if case.forward_path not in forward_paths:
-        raise UserError(
-            f"{spec.text} has no forward path '{case.forward_path}'; "
-            f"it has: {', '.join(forward_paths)}."
-        )
-    return model
+    _require_package(spec, case.forward_path)
+    return build(
+        spec, case.decode_path, case.device, case.dtype, case.seed, forward_path=case.forward_path
+    )
 
 
-def _require_package(spec: Spec, decode_path: str) -> None:
+def _require_package(spec: Spec, path: str) -> None:
     """A path's missing package is one sentence, not an ImportError from deep inside."""
-    module = getattr(load_module(spec), "REQUIRES", {}).get(decode_path)
+    module = getattr(load_module(spec), "REQUIRES", {}).get(path)
     if module and importlib.util.find_spec(module) is None:
         raise UserError(
-            f"decode path '{decode_path}' of {spec.text} needs the package {module}, "
-            "which is not installed.",
+            f"the path '{path}' of {spec.text} needs the package {module}, which is not installed.",
             f"Install it: {install_command(module)}",
         )
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from baselines import dense, sliding_window
 from cat_bench import spec
+from cat_bench import window as window_module
 from cat_bench.architecture import Architecture, build, generation_flops
 
 TINY = {"width": 64, "num_layers": 2, "vocab_size": 61, "window": 5}
@@ -102,10 +103,10 @@ def test_blocks_of_queries_equal_one_query_at_a_time(
     window: int, past: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Block edges: blocks of 8 queries or of a window, the last one not full."""
-    monkeypatch.setattr(sliding_window, "MIN_QUERIES", 8)
+    monkeypatch.setattr(window_module, "MIN_QUERIES", 8)
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 2, 1, past + 21, 64, generator=generator, dtype=torch.float64)
-    got = sliding_window.window_attention(q[:, :, past:], k, v, window)
+    got = window_module.window_attention(q[:, :, past:], k, v, window)
     assert_same(got, naive_attention(q, k, v, window)[:, :, past:])
 
 
@@ -114,7 +115,7 @@ def test_blocks_of_the_real_size() -> None:
     q, k, v = torch.randn(3, 1, 1, 600, 64, generator=generator, dtype=torch.float64)
     for window in (64, 300):
         assert_same(
-            sliding_window.window_attention(q, k, v, window), naive_attention(q, k, v, window)
+            window_module.window_attention(q, k, v, window), naive_attention(q, k, v, window)
         )
 
 
@@ -207,20 +208,20 @@ def mask_one_too_narrow(
     return original_mask(num_queries, num_keys, window - 1, device)
 
 
-def rows_in_ring_order(ring: Tensor, num_tokens: int) -> Tensor:
-    return ring[:, :, :num_tokens]
+def rows_in_ring_order(ring: Tensor, num_tokens: int, count: int) -> Tensor:
+    return ring[:, :, :count]
 
 
-def without_the_two_oldest(ring: Tensor, num_tokens: int) -> Tensor:
-    return original_last_rows(ring, num_tokens)[:, :, 2:]
+def without_the_two_oldest(ring: Tensor, num_tokens: int, count: int) -> Tensor:
+    return original_last_rows(ring, num_tokens, count)[:, :, 2:]
 
 
 def one_row_too_far(ring: Tensor, rows: Tensor, start: int) -> None:
     original_write_rows(ring, rows, start + 1)
 
 
-original_mask = sliding_window.window_mask
-original_last_rows, original_write_rows = sliding_window.last_rows, sliding_window.write_rows
+original_mask = window_module.window_mask
+original_last_rows, original_write_rows = window_module.last_rows, window_module.write_rows
 FAULTS = [
     ("window_mask", mask_one_too_wide),
     ("window_mask", mask_one_too_narrow),
@@ -236,7 +237,7 @@ FAULTS = [
 def test_planted_faults_are_noticed(name: str, fault: object) -> None:
     model, tokens = make(), random_tokens(SEQ_LEN)
     expected = reference(model, tokens)
-    with mock.patch.object(sliding_window, name, fault):
+    with mock.patch.object(window_module, name, fault):
         got, _ = contract.decode(model, tokens, [7, 2])  # the last token sees what the first saw
     moved = (got - expected[:, 8:]).abs().max()
     assert not moved < 1e-3  # true for NaN too

@@ -1,0 +1,140 @@
+"""What the baselines share around their blocks: embedding, final norm, untied head, and counts.
+
+A convenience, not a duty: an architecture needs only the protocol of architecture.py. `config` must
+have width, num_layers, vocab_size and norm_eps; a block must have `init_weights(num_layers)`.
+
+Shapes: b batch, t tokens, d width, v vocabulary.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cat_bench.architecture import Cost, Logits, Tokens
+from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
+from cat_bench.graph import CapturedStep, Rows, block_step, rms_norm
+
+
+class LanguageModel(nn.Module):
+    decode_paths: tuple[str, ...] = ("eager",)
+    forward_paths: tuple[str, ...] = ("eager",)
+    max_len: int | None = None  # RoPE and recurrences know no limit
+
+    def __init__(
+        self, config: Any, blocks: Iterable[nn.Module], decode_path: str, forward_path: str
+    ):
+        super().__init__()
+        self.config, self.decode_path, self.forward_path = config, decode_path, forward_path
+        self._compiled: dict[nn.Module, Callable] = {}
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)  # not tied to `embed`
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Tables normal, std sqrt(2 / 5d) (cat_spec.md 1.5); blocks as they say themselves."""
+        for table in (self.embed, self.head):
+            nn.init.normal_(table.weight, std=(2 / (5 * self.config.width)) ** 0.5)
+        for block in self.blocks:
+            block.init_weights(self.config.num_layers)
+
+    def hidden(self, tokens: Tokens) -> Tensor:
+        """Final hidden states (b, t, d), normalised: what the head reads."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tokens) -> Logits:
+        return self.head(self.hidden(tokens))
+
+    def on_forward_path(self, block: nn.Module) -> Callable:
+        """`block` itself on the eager path, else compiled: equal blocks share one compilation."""
+        if self.forward_path == "eager":
+            return block
+        if block not in self._compiled:
+            self._compiled[block] = torch.compile(block, dynamic=False)
+        return self._compiled[block]
+
+    def step_kind(self, num_tokens: int) -> str:
+        return "step"
+
+    @property
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_params_non_embedding(self) -> int:
+        return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
+
+    def state_bytes(self, batch_size: int, seq_len: int) -> int:
+        raise NotImplementedError
+
+    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
+        """All of it: no token ids, and counters lie on the host."""
+        return self.state_bytes(batch_size, seq_len)
+
+
+class Transformer(LanguageModel):
+    """Blocks of attention and SwiGLU over rows of a cache: who sees whom is the subclass's.
+
+    A State of a subclass has `keys`, `values` (l, b, g, s, e) and `captured`.
+    """
+
+    def __init__(self, config: Any, decode_path: str, forward_path: str):
+        c = config
+        blocks = [Block(c.width, c.num_kv_heads, eps=c.norm_eps) for _ in range(c.num_layers)]
+        super().__init__(config, blocks, decode_path, forward_path)
+
+    def attend_all(self, num_tokens: int, device: torch.device) -> Attend:
+        """The attention of the parallel forward, (q, k, v) -> (b, h, t, e), on `forward_path`."""
+        raise NotImplementedError
+
+    def hidden(self, tokens: Tokens) -> Tensor:
+        ids = torch.arange(tokens.shape[1], device=tokens.device)
+        rope = rope_table(ids, self.config.rope_base)
+        attend = self.attend_all(tokens.shape[1], tokens.device)
+        x = self.embed(tokens)  # (b, t, d)
+        for block in self.blocks:
+            x = self.on_forward_path(block)(x, rope, attend)
+        return self.norm(x)
+
+    def capture(
+        self, buffers: Any, max_len: int, rows_of: Callable[[Tensor], Rows]
+    ) -> CapturedStep | None:
+        """The step as a graph; `rows_of` gives the rows of a position (b,). None: eager."""
+        if self.decode_path == "eager":
+            return None
+        device = self.head.weight.device
+        rope = rope_table(torch.arange(max_len, device=device), self.config.rope_base)
+
+        def run(token: Tensor, position: Tensor) -> Tensor:
+            rows, x = rows_of(position), self.embed(token)
+            for block, keys, values in zip(self.blocks, buffers.keys, buffers.values, strict=True):
+                x = block_step(block, x, keys, values, rows, rope)
+            return self.head(rms_norm(x, self.norm))
+
+        return CapturedStep(run, buffers.keys.shape[1], device, end=max_len)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.blocks[0].num_kv_heads
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a key and a value of one token, in all layers."""
+        kv_width = self.num_kv_heads * HEAD_WIDTH
+        return 2 * self.config.num_layers * kv_width * self.head.weight.itemsize
+
+    def costs(self, batch_size: int, num_rows: int) -> tuple[Cost, ...]:
+        """A step that sees `num_rows` rows: every matrix once, 2 FLOP per weight; 4 L D per row."""
+        c = self.config
+        weights = c.num_layers * linear_params(c.width, c.num_kv_heads) + c.width * c.vocab_size
+        return (
+            Cost("weights", weights * self.head.weight.itemsize, 2 * batch_size * weights),
+            Cost(
+                "state",
+                batch_size * num_rows * self.row_bytes,
+                4 * batch_size * c.num_layers * c.width * num_rows,
+            ),
+        )

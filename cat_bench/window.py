@@ -1,0 +1,101 @@
+"""Sliding-window attention and its cache, a ring: for every architecture that has such layers.
+
+A query sees itself and the `window` - 1 rows before it: 0 <= q - k < window. Token p lives in row
+p mod s of a ring of s = min(window, max_len) rows, its key rotated by its absolute position before
+it is written: softmax is a sum over rows, so their order in the ring does not matter.
+
+Shapes: b batch, t new tokens, h heads, e head width, s ring rows.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cat_bench.blocks import attention, causal_attention
+from cat_bench.graph import Rows
+
+MIN_QUERIES = 256  # queries in one attention call at least, so that small windows fill the device
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attention of the last `t` rows over all rows (in order), each over `window` up to itself.
+
+    Blocks of queries, each with only the keys that it may see: the work grows with t, not t^2.
+    """
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if num_keys <= window:
+        return causal_attention(q, k, v)
+    size, outputs = max(window, MIN_QUERIES), []
+    for at in range(0, num_queries, size):
+        block = q[:, :, at : at + size]
+        end = num_keys - num_queries + at + block.shape[2]
+        first = max(0, end - block.shape[2] - window)  # window - 1 would do; kernels like it even
+        mask = window_mask(block.shape[2], end - first, window, q.device)
+        outputs.append(attention(block, k[:, :, first:end], v[:, :, first:end], mask))
+    return torch.cat(outputs, dim=2)
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a mask made while scoring must also serve training
+def window_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """(t, s) booleans, 0 <= q - k < window: the queries are the last rows of the keys."""
+    keys = torch.arange(num_keys, device=device)
+    distance = keys[num_keys - num_queries :, None] - keys
+    return (distance >= 0) & (distance < window)
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, window: int
+) -> Tensor:
+    """Attend from tokens start, start + 1, ... and put their rows into the ring, in place.
+
+    q (b, h, t, e), k v (b, g, t, e); keys, values (b, g, s, e), s >= min(window, tokens). One token
+    overwrites the row that it no longer sees, then all rows are visible, in any order. Several
+    still need rows that they overwrite: those are read first.
+    """
+    slots, num_new = keys.shape[2], q.shape[2]
+    if num_new == 1 and slots <= window:
+        keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]
+        filled = min(start + 1, slots)
+        return attention(q, keys[:, :, :filled], values[:, :, :filled])
+    past = min(start, window - 1)
+    old_k, old_v = (last_rows(ring, start, past) for ring in (keys, values))
+    o = window_attention(q, torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2), window)
+    write_rows(keys, k, start)
+    write_rows(values, v, start)
+    return o
+
+
+def last_rows(ring: Tensor, num_tokens: int, count: int) -> Tensor:
+    """Rows of the last `count` of `num_tokens` tokens, oldest first. ring (b, h, s, e)."""
+    ids = torch.arange(num_tokens - count, num_tokens, device=ring.device)
+    return ring[:, :, ids % ring.shape[2]]
+
+
+def write_rows(ring: Tensor, rows: Tensor, start: int) -> None:
+    """Put the tokens from number `start` on into the ring, where the last s of them remain."""
+    num_rows, num_new = ring.shape[2], rows.shape[2]
+    ids = torch.arange(start, start + num_new, device=ring.device)[-num_rows:]
+    ring[:, :, ids % num_rows] = rows[:, :, -num_rows:]
+
+
+def ring_rows(position: Tensor, num_slots: int) -> Rows:
+    """For a graphed step: token `position` (b,) overwrites the oldest row and sees all others."""
+    none = torch.zeros_like(position)
+    return Rows(
+        write=position % num_slots,
+        rope_id=position,
+        first_end=position.clamp(max=num_slots),
+        second_start=none,
+        second_end=none,
+    )
+
+
+def check_ring(end: int, num_rows: int, window: int) -> None:
+    """Raises ValueError where token number `end` would push a token in sight out of the ring."""
+    if num_rows < window and end > num_rows:
+        raise ValueError(
+            f"the state was made for {num_rows} tokens, fewer than the window of {window}; "
+            f"token {end} was given."
+        )
