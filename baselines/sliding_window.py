@@ -25,7 +25,13 @@ from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import HEAD_WIDTH, Attend, check_width, rope_table
 from cat_bench.graph import CapturedStep
 from cat_bench.language_model import Transformer
-from cat_bench.window import check_ring, ring_attention, ring_rows, window_attention
+from cat_bench.window import (
+    check_ring,
+    flex_window_attention,
+    ring_attention,
+    ring_rows,
+    window_attention,
+)
 
 PRESETS = {"swa-512": {"window": 512}, "swa-64": {"window": 64}}
 REQUIRES = {"cuda_graph": "triton"}
@@ -73,7 +79,10 @@ class Model(Transformer):
         super().__init__(config, decode_path, forward_path)
 
     def attend_all(self, num_tokens: int, device: torch.device) -> Attend:
-        return lambda q, k, v: window_attention(q, k, v, self.config.window)
+        window = self.config.window
+        if self.forward_path == "compile":
+            return flex_window_attention(num_tokens, window, device)
+        return lambda q, k, v: window_attention(q, k, v, window)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         c, like = self.config, self.head.weight

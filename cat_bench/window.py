@@ -11,8 +11,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cat_bench.blocks import attention, causal_attention
+from cat_bench.blocks import Attend, attention, causal_attention
+from cat_bench.errors import UserError
 from cat_bench.graph import Rows
 
 MIN_QUERIES = 256  # queries in one attention call at least, so that small windows fill the device
@@ -43,6 +45,31 @@ def window_mask(num_queries: int, num_keys: int, window: int, device: torch.devi
     keys = torch.arange(num_keys, device=device)
     distance = keys[num_keys - num_queries :, None] - keys
     return (distance >= 0) & (distance < window)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def flex_window_attention(num_tokens: int, window: int, device: torch.device) -> Attend:
+    """The same for all rows at once, (q, k, v) -> (b, h, t, e), skipping tiles out of sight.
+
+    FlexAttention, so fast only inside torch.compile. One function per length: a new one would make
+    torch.compile start over. Raises UserError on a CPU: there torch 2.13 compiles it into code that
+    is wrong by O(1) as soon as rotated queries and keys are fused into it.
+    """
+    if device.type == "cpu":
+        raise UserError(
+            "the forward path 'compile' of window attention needs a CUDA GPU.",
+            "Use --forward-path eager.",
+        )
+    blocks = create_block_mask(
+        lambda b, h, query, key: (query >= key) & (query - key < window),
+        None, None, num_tokens, num_tokens, device=device,
+    )  # fmt: skip
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attend
 
 
 def ring_attention(
