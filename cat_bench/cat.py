@@ -32,7 +32,15 @@ from cat_bench.blocks import (
     linear_params,
     rope_table,
 )
-from cat_bench.graph import CapturedStep, Rows, block_step, block_step_reference, rms_norm
+from cat_bench.graph import (
+    CapturedStep,
+    Rows,
+    bidirectional_block,
+    block_step,
+    block_step_reference,
+    normed_linear,
+    rms_norm,
+)
 
 PRESETS = {
     "cat-4": {"chunk_size": 4},
@@ -154,16 +162,29 @@ class Compressor(nn.Module):
 
     def forward(self, chunks: Tensor, indices: Tensor) -> Tensor:
         """chunks (b, k, c) ids; indices (k,) or (b, k), each below `num_positions`."""
-        batch_size, num_chunks, chunk_size = chunks.shape
-        position = self.positions(indices).expand(batch_size, num_chunks, -1)
-        x = torch.cat([position[:, :, None], self.embed(chunks)], dim=2)  # (b, k, 1 + c, d)
-        x = x.flatten(0, 1)  # all chunks side by side in the batch: no attention across them
-        ids = torch.arange(1 + chunk_size, device=x.device)
-        rope = rope_table(ids, self.config.rope_base)
+        x, rope = self._rows(chunks, indices)
         for block in self.blocks:
             x = block(x, rope, attention)  # bidirectional
-        x = self.norm(x)[:, 1:]  # p_i has done its work
-        return self.proj(x.flatten(1)).unflatten(0, (batch_size, num_chunks))
+        return self._slots(self.norm(x), chunks)
+
+    def fast(self, chunks: Tensor, indices: Tensor) -> Tensor:
+        """The same on the Triton kernels; inference only."""
+        x, rope = self._rows(chunks, indices)
+        for block in self.blocks:
+            x = bidirectional_block(block, x, rope)
+        return self._slots(rms_norm(x.flatten(0, 1), self.norm).view_as(x), chunks)
+
+    def _rows(self, chunks: Tensor, indices: Tensor) -> tuple[Tensor, Rope]:
+        """p_i, then the tokens of chunk i: (b k, 1 + c, d), and the RoPE tables of a chunk."""
+        position = self.positions(indices).expand(*chunks.shape[:2], -1)
+        x = torch.cat([position[:, :, None], self.embed(chunks)], dim=2)
+        ids = torch.arange(x.shape[2], device=x.device)
+        # All chunks lie side by side in the batch: no attention across them.
+        return x.flatten(0, 1), rope_table(ids, self.config.rope_base)
+
+    def _slots(self, x: Tensor, chunks: Tensor) -> Tensor:
+        """(b k, 1 + c, d) -> (b, k, D): all rows but p_i's, which has done its work."""
+        return self.proj(x[:, 1:].flatten(1)).unflatten(0, chunks.shape[:2])
 
 
 class Decoder(nn.Module):
@@ -427,14 +448,17 @@ class Model(nn.Module):
             x = self.decoder.embed(token)
         else:
             closed = (chunk - 1).clamp(min=0)[:, None]  # clamp: rows in chunk 0 close nothing
-            x = self.compressor(state.open_tokens[:, None], closed)[:, 0]
+            compress = (
+                self.compressor if run_block is block_step_reference else self.compressor.fast
+            )
+            x = compress(state.open_tokens[:, None], closed)[:, 0]
             if kind == "ragged":
                 x = torch.where(is_slot[:, None], x, self.decoder.embed(token))
         for block, keys, values in zip(self.decoder.blocks, state.keys, state.values, strict=True):
             x = run_block(block, x, keys, values, rows, rope)
         if run_block is block_step_reference:
             return self.decoder.head(self.decoder.norm(x))
-        return self.decoder.head(rms_norm(x, self.decoder.norm))
+        return normed_linear(x, self.decoder.norm, self.decoder.head.weight)
 
     def _capture(self, state: State, kind: str) -> None:
         size, device = self.config.chunk_size, state.keys.device

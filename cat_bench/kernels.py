@@ -9,7 +9,7 @@ Shapes: b batch, h query heads, g key-value heads, e head width (64), s cache ro
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat_bench.blocks import HEAD_WIDTH, Rope
 from cat_bench.graph import Rows
@@ -17,6 +17,9 @@ from cat_bench.graph import Rows
 BLOCK = 32  # cache rows a tile; these four were the best or within 2 % of it on an H200
 WARPS = 1
 STAGES = 2
+SHORT = 128  # rows that short_attention holds in registers
+FEW_ROWS = 32  # rows up to which few_rows_linear beats a matmul with separate norm and SwiGLU
+FEW_COLUMNS, FEW_INNER, FEW_WARPS, FEW_STAGES = 16, 512, 4, 4  # its tile; INNER in bytes
 PROGRAMS_WANTED = 2048  # about 16 per multiprocessor of an H100 or H200; below it, split the rows
 
 
@@ -148,6 +151,133 @@ def _combine_kernel(partial_ptr, out_ptr, SPLITS: tl.constexpr, E: tl.constexpr)
     weight = tl.exp2(best - tl.max(best))  # an empty share has best = -1e30: weight 0
     out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight)
     tl.store(out_ptr + tl.program_id(0) * E + e, out.to(out_ptr.dtype.element_ty))
+
+
+def short_attention(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
+    """Every row of a short sequence sees all its rows: rotate and attend in one launch.
+
+    Reference: graph.short_attention_reference. qkv (b, t, 3 h e), contiguous, not yet rotated, t up
+    to SHORT; rope tables (t, e/2) fp32. Returns (b, t, h e). One program a head: all its rows lie
+    in registers, padded to a power of two.
+    """
+    batch_size, num_rows, _ = qkv.shape
+    out = qkv.new_empty(batch_size, num_rows, num_heads * HEAD_WIDTH)
+    padded = max(16, triton.next_power_of_2(num_rows))
+    _short_attention_kernel[(batch_size * num_heads,)](
+        qkv, *rope, out, num_rows,
+        HEADS=num_heads, E=HEAD_WIDTH, ROWS=padded, num_warps=min(8, max(1, padded // 16)),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _short_attention_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, out_ptr, num_rows,
+    HEADS: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % HEADS
+    b = (tl.program_id(0) // HEADS).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    half = tl.arange(0, E // 2)
+    e = tl.arange(0, E)
+    inside = row < num_rows
+    here = (b * num_rows + row)[:, None]
+    table = row[:, None] * (E // 2) + half
+    cos = tl.load(cos_ptr + table, mask=inside[:, None], other=0.0)
+    sin = tl.load(sin_ptr + table, mask=inside[:, None], other=0.0)
+    qkv_ptr += here * (3 * HEADS * E) + head * E
+    q1, q2 = _rotated_halves(qkv_ptr + half, cos, sin, inside, E)
+    k1, k2 = _rotated_halves(qkv_ptr + HEADS * E + half, cos, sin, inside, E)
+    v = tl.load(qkv_ptr + 2 * HEADS * E + e, mask=inside[:, None], other=0.0)
+    score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+    score *= 1.4426950408889634 / tl.sqrt(E * 1.0)  # scale, and log2(e) for exp2
+    score = tl.where(inside[None, :], score, float("-inf"))
+    weight = tl.exp2(score - tl.max(score, axis=1)[:, None])
+    total = tl.sum(weight, axis=1)
+    o = tl.dot(weight.to(v.dtype), v, input_precision="ieee") / total[:, None]
+    out_at = out_ptr + here * (HEADS * E) + head * E + e
+    tl.store(out_at, o.to(v.dtype), mask=inside[:, None])
+
+
+@triton.jit
+def _rotated_halves(x_ptr, cos, sin, inside, E: tl.constexpr):
+    """Half-split RoPE of (rows, e) as its two halves, rounded to the dtype of x."""
+    x1 = tl.load(x_ptr, mask=inside[:, None], other=0.0)
+    x2 = tl.load(x_ptr + E // 2, mask=inside[:, None], other=0.0)
+    dtype = x1.dtype
+    x1 = x1.to(tl.float32)
+    x2 = x2.to(tl.float32)
+    return (x1 * cos - x2 * sin).to(dtype), (x1 * sin + x2 * cos).to(dtype)
+
+
+def few_rows_linear(
+    x: Tensor,
+    weight: Tensor,
+    norm: nn.RMSNorm | None = None,
+    swiglu: bool = False,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """A linear layer of up to FEW_ROWS rows with what surrounds it, in one launch.
+
+    Reference: graph.few_rows_linear_reference. x (b, k), weight (n, k), both contiguous -> (b, n):
+    norm(x) @ weight.T, or `add_to` (b, n) += x @ weight.T in place. With `swiglu`, weight is
+    (2 n, k), gate over up, and the result silu(gate) * up. Bound by reading the weights once.
+    """
+    batch_size, inner = x.shape
+    width = len(weight) // 2 if swiglu else len(weight)
+    out = x.new_empty(batch_size, width) if add_to is None else add_to
+    _few_rows_kernel[(triton.cdiv(width, FEW_COLUMNS),)](
+        x, weight, weight if norm is None else norm.weight, out, batch_size, inner, width,
+        0.0 if norm is None else norm.eps,
+        NORM=norm is not None, SWIGLU=swiglu, ADD=add_to is not None,
+        ROWS=max(16, triton.next_power_of_2(batch_size)), COLUMNS=FEW_COLUMNS,
+        INNER=FEW_INNER // x.itemsize,
+        num_warps=FEW_WARPS, num_stages=FEW_STAGES,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _few_rows_kernel(
+    x_ptr, weight_ptr, norm_ptr, out_ptr, batch_size, inner, width, eps,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    step = tl.arange(0, INNER)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    weight_ptr += column.to(tl.int64)[None, :] * inner
+    for start in range(0, inner, INNER):
+        k = start + step
+        inside = k < inner
+        x = tl.load(x_ptr + row * inner + k[None, :], mask=(row < batch_size) & inside, other=0.0)
+        dtype = x.dtype
+        if NORM:  # its scale is one number per row, applied at the end
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+            scale = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+            x = (wide * scale[None, :]).to(dtype)
+        seen = inside[:, None] & (column < width)[None, :]
+        w = tl.load(weight_ptr + k[:, None], mask=seen, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if SWIGLU:
+            w = tl.load(weight_ptr + width.to(tl.int64) * inner + k[:, None], mask=seen, other=0.0)
+            up = tl.dot(x, w, up, input_precision="ieee")
+    if NORM:
+        scale = tl.rsqrt(squares / inner + eps)[:, None]
+        acc *= scale
+        up *= scale
+    if SWIGLU:
+        acc = acc * tl.sigmoid(acc) * up
+    out_at = out_ptr + row * width + column[None, :]
+    seen = (row < batch_size) & (column < width)[None, :]
+    if ADD:
+        acc += tl.load(out_at, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=seen)
 
 
 def conv_step(

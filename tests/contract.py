@@ -69,9 +69,11 @@ class Subject:
         decode_path: str = "eager",
         device: str = "cpu",
         std: float = WEIGHT_STD,
+        forward_path: str = "eager",
     ) -> Architecture:
         """A fresh model with large random weights, the same ones in every dtype."""
-        model = self.model_class(self.config, decode_path).double()
+        chosen = {} if forward_path == "eager" else {"forward_path": forward_path}
+        model = self.model_class(self.config, decode_path, **chosen).double()
         return randomise(model, std).to(device, DTYPES[dtype]).eval()
 
     def tokens(self, batch_size: int, seq_len: int = SEQ_LEN, seed: int = 1) -> Tensor:

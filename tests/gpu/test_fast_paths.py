@@ -21,14 +21,19 @@ pytestmark = pytest.mark.gpu
 
 STD = 0.03  # as after training: larger weights amplify the rounding of one layer in the next
 NUM_STEPS = 64
-CACHED = ("cat", "dense")  # their state is rows that counters make valid, so it may hold anything
+CACHED = (
+    "cat",
+    "dense",
+    "sparse",
+    "sliding_window",
+)  # their state is rows that counters make valid, so it may hold anything
 
 
-def fast_subjects() -> list:
-    """(subject, decode path) for every tiny variant with room for prompt and steps."""
+def fast_subjects(kind: str = "decode") -> list:
+    """(subject, path) for every tiny variant with room for prompt and steps."""
     found = []
     for info in spec.architectures():
-        for path in info.decode_paths[1:]:
+        for path in getattr(info, f"{kind}_paths")[1:]:
             reason = f"{info.name} needs the package {info.requires.get(path)} for {path}"
             lacking = pytest.mark.skipif(info.missing(path) is not None, reason=reason)
             for subject in contract.subjects_of(info.name):
@@ -44,9 +49,14 @@ def longer(subject: Subject, max_len: int = 576) -> Subject:
     return dataclasses.replace(subject, config=dataclasses.replace(subject.config, max_len=max_len))
 
 
-def pair(subject: Subject, path: str, dtype: str) -> tuple[Architecture, Architecture]:
+def pair(
+    subject: Subject, path: str, dtype: str, kind: str = "decode"
+) -> tuple[Architecture, Architecture]:
     """The eager and the fast model, with equal weights."""
-    return tuple(subject.model(dtype, way, "cuda", STD) for way in ("eager", path))
+    return tuple(
+        subject.model(dtype, device="cuda", std=STD, **{f"{kind}_path": way})
+        for way in ("eager", path)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -62,16 +72,37 @@ def decoded(model: Architecture, tokens: Tensor, prompt_len: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())
-@pytest.mark.parametrize("prompt_len", [1, 5, 12])
-def test_float32_equals_eager(subject: Subject, path: str, prompt_len: int) -> None:
+@pytest.mark.parametrize(("batch_size", "prompt_len"), [(3, 1), (3, 5), (3, 12), (40, 3)])
+def test_float32_equals_eager(
+    subject: Subject, path: str, batch_size: int, prompt_len: int
+) -> None:
+    """Batches on both sides of kernels.FEW_ROWS, prompts on and off a chunk boundary."""
     eager, fast = pair(subject, path, "float32")
-    tokens = subject.tokens(3, prompt_len + NUM_STEPS).cuda()
+    tokens = subject.tokens(batch_size, prompt_len + NUM_STEPS).cuda()
     expected = decoded(eager, tokens, prompt_len)
     contract.assert_same(decoded(fast, tokens, prompt_len), expected, path, 1e-5)
     with torch.no_grad():
         contract.assert_same(fast.forward(tokens), eager.forward(tokens), "forward", 1e-5)
         whole = expected[:, -1], eager.forward(tokens)[:, -1]
     contract.assert_same(*whole, "eager steps against forward", 1e-5)
+
+
+@pytest.mark.parametrize(("subject", "path"), fast_subjects("forward"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_and_gradients_equal_eager(subject: Subject, path: str, dtype: str) -> None:
+    """Upstream's kernels multiply float32 in TF32 inside: hence its wider bounds."""
+    eager, fast = pair(subject, path, dtype, "forward")
+    bound = {"float32": 5e-3 if path == "upstream" else 1e-4, "bfloat16": 3e-2}[dtype]
+    for num_tokens in (64, 37):
+        tokens = subject.tokens(3, num_tokens).cuda()
+        outputs = [model.forward(tokens) for model in (fast, eager)]
+        assert contract.relative_norm(*outputs) < bound
+        for model, logits in zip((fast, eager), outputs, strict=True):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(logits.float().mT, tokens.roll(-1, 1)).backward()
+        for (name, got), expected in zip(fast.named_parameters(), eager.parameters(), strict=True):
+            error = contract.relative_norm(got.grad, expected.grad)
+            assert error < 3 * bound, f"gradient of {name}: {error:.1e}"
 
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())
