@@ -115,4 +115,4 @@ class Model(Transformer):
 
 def growing_rows(position: Tensor) -> Rows:
     """Token `position` (b,) writes the row of its number and sees all before it."""
-    return Rows(position, position, first_end=position, second_start=position, second_end=position)
+    return Rows(write=position, rope_id=position, first_end=position)

@@ -137,7 +137,9 @@ class Config:
 
 
 class State(NamedTuple):
-    """Rows 0..K of the cache are slots, rows K+1..K+C-1 the raw tokens of the open chunk."""
+    """In chunk i, rows 0..i of the cache are slots and rows i+1..i+C-1 its raw tokens, so that what
+    a query sees is one range. The slot of a closed chunk replaces the first of its raw tokens.
+    """
 
     keys: Tensor  # (l, b, h, s, e), rotated; filled in place
     values: Tensor  # (l, b, h, s, e)
@@ -343,8 +345,8 @@ class Model(nn.Module):
         x = torch.cat([slots, raw], dim=1)
         new_slots = torch.arange(chunk + 1 - slots.shape[1], chunk + 1, device=tokens.device)
         new_raw = torch.arange(seen_tail + 1, offset + 1, device=tokens.device)
-        local = state.keys.shape[3] - size  # cache row of open token j is local + j
-        where = torch.cat([new_slots, local + new_raw])
+        seen = chunk + 1 + offset
+        new = slice(seen - x.shape[1], seen)
         rope = self._rope(
             torch.cat([new_slots, torch.full_like(new_raw, chunk)]),
             torch.cat([torch.zeros_like(new_slots), new_raw]),
@@ -352,12 +354,8 @@ class Model(nn.Module):
         for block, keys, values in zip(self.decoder.blocks, state.keys, state.values, strict=True):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
-                keys[:, :, where], values[:, :, where] = k, v
-                return causal_attention(
-                    q,
-                    live_rows(keys, chunk + 1, local + 1, offset),
-                    live_rows(values, chunk + 1, local + 1, offset),
-                )
+                keys[:, :, new], values[:, :, new] = k, v
+                return causal_attention(q, keys[:, :, :seen], values[:, :, :seen])
 
             x = block(x, rope, attend)
         return self.decoder.head(self.decoder.norm(x[:, -1]))
@@ -385,11 +383,13 @@ class Model(nn.Module):
         missing = (order > chunk[:, None]) & (order <= num_chunks)  # (b, s): slots of longer rows
         is_tail = order[:, None] > num_chunks
         seen = (order[:, None] >= order) & ~(is_tail & missing[:, None])  # (b, rows, rows)
-        where = torch.cat([slot_ids, state.keys.shape[3] - size + 1 + raw_ids])
+        row, tail_rows = torch.arange(len(x), device=device)[:, None], chunk[:, None] + 1 + raw_ids
         for block, keys, values in zip(self.decoder.blocks, state.keys, state.values, strict=True):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
-                keys[:, :, where], values[:, :, where] = k, v
+                for cache, new in ((keys, k), (values, v)):
+                    cache[:, :, slot_ids] = new[:, :, : num_chunks + 1]
+                    cache[row, :, tail_rows] = new[:, :, num_chunks + 1 :].transpose(1, 2)
                 return attention(q, k, v, mask=seen[:, None])
 
             x = block(x, rope, attend)
@@ -435,15 +435,9 @@ class Model(nn.Module):
         size = self.config.chunk_size
         state.open_tokens.scatter_(1, ((row - 1) % size)[:, None], token[:, None])
         chunk, offset = row // size, row % size
-        local = state.keys.shape[3] - size
-        is_slot = offset == 0
-        rows = Rows(
-            write=torch.where(is_slot, chunk, local + offset),
-            rope_id=chunk + offset if self.config.rope == "growing" else offset,
-            first_end=torch.where(is_slot, chunk, chunk + 1),
-            second_start=torch.full_like(row, local + 1),
-            second_end=torch.where(is_slot, local + 1, local + offset),
-        )
+        at = chunk + offset
+        rope_id = at if self.config.rope == "growing" else offset
+        rows = Rows(write=at, rope_id=rope_id, first_end=at)
         if kind == "inner":
             x = self.decoder.embed(token)
         else:
@@ -453,7 +447,7 @@ class Model(nn.Module):
             )
             x = compress(state.open_tokens[:, None], closed)[:, 0]
             if kind == "ragged":
-                x = torch.where(is_slot[:, None], x, self.decoder.embed(token))
+                x = torch.where((offset == 0)[:, None], x, self.decoder.embed(token))
         for block, keys, values in zip(self.decoder.blocks, state.keys, state.values, strict=True):
             x = run_block(block, x, keys, values, rows, rope)
         if run_block is block_step_reference:
@@ -546,14 +540,6 @@ def compact_mask(num_rows: int, chunk_size: int, device: torch.device) -> Tensor
     """(rows, rows) booleans, built once per length and chunk size."""
     rows = torch.arange(num_rows, device=device)
     return mask.sees(rows[:, None], rows, chunk_size)
-
-
-def live_rows(cache: Tensor, num_slots: int, first_open: int, num_open: int) -> Tensor:
-    """Slots, then open tokens, of (b, h, s, e): what a query may read, nothing stale."""
-    slots = cache[:, :, :num_slots]
-    if num_open == 0:
-        return slots
-    return torch.cat([slots, cache[:, :, first_open : first_open + num_open]], dim=2)
 
 
 def _uniform(lengths: np.ndarray) -> bool:

@@ -21,15 +21,16 @@ from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention, rotate
 class Rows(NamedTuple):
     """Where each sequence of the batch reads and writes: int64 (b,), on the device.
 
-    A query sees rows 0 .. first_end - 1, rows second_start .. second_end - 1, and the row that it
-    writes itself. The ranges are apart; where `write` lies in one, the new row replaces the old.
+    A query sees rows 0 .. first_end - 1, rows second_start .. second_end - 1 if there are any, and
+    the row that it writes itself. The ranges are apart; where `write` lies in one, the new row
+    replaces the old.
     """
 
     write: Tensor
     rope_id: Tensor
     first_end: Tensor
-    second_start: Tensor
-    second_end: Tensor
+    second_start: Tensor | None = None
+    second_end: Tensor | None = None
 
 
 def decode_attention_reference(
@@ -42,9 +43,9 @@ def decode_attention_reference(
     batch = torch.arange(len(rows.write), device=q.device)
     keys[batch, :, rows.write], values[batch, :, rows.write] = k[:, :, 0], v[:, :, 0]
     slot = torch.arange(keys.shape[2], device=q.device)
-    first = slot < rows.first_end[:, None]
-    second = (slot >= rows.second_start[:, None]) & (slot < rows.second_end[:, None])
-    seen = first | second | (slot == rows.write[:, None])  # (b, s)
+    seen = (slot < rows.first_end[:, None]) | (slot == rows.write[:, None])  # (b, s)
+    if rows.second_start is not None:
+        seen |= (slot >= rows.second_start[:, None]) & (slot < rows.second_end[:, None])
     return attention(q, keys, values, mask=seen[:, None, None])
 
 

@@ -38,11 +38,12 @@ def decode_attention(
     splits = 2 ** (splits.bit_length() - 1)  # the combining kernel holds them in one tile
     out = torch.empty(batch_size, num_heads * HEAD_WIDTH, dtype=q.dtype, device=q.device)
     partial = q.new_empty(batch_size * num_heads, splits, HEAD_WIDTH + 2, dtype=torch.float32)
+    second = rows.second_start is not None
     _attend_kernel[(batch_size * num_heads, splits)](
-        q, k, v, keys, values, *rope, out, partial, *rows,
+        q, k, v, keys, values, *rope, out, partial, *(rows if second else (*rows[:3], *rows[:2])),
         q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1),
         HEADS=num_heads, GROUP=num_heads // num_kv, SPLITS=splits, BLOCK=BLOCK, E=HEAD_WIDTH,
-        STAGES=STAGES, num_warps=WARPS,
+        SECOND=second, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(batch_size * num_heads,)](partial, out, SPLITS=splits, E=HEAD_WIDTH)
@@ -55,48 +56,61 @@ def _attend_kernel(
     write_ptr, rope_ptr, first_end_ptr, second_start_ptr, second_end_ptr,
     q_stride, k_stride, v_stride, cache_stride_b, cache_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    E: tl.constexpr, STAGES: tl.constexpr,
+    E: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one sequence, one share of the rows; share 0 also takes the own row."""
-    head, split = tl.program_id(0) % HEADS, tl.program_id(1)
+    """One query head of one sequence, one share of the rows; share 0 also takes the own row.
+
+    Whatever does not depend on another load is loaded first: with few rows, the time is latency.
+    """
+    head = tl.program_id(0) % HEADS
+    split = 0 if SPLITS == 1 else tl.program_id(1)
     b = (tl.program_id(0) // HEADS).to(tl.int64)
     kv_head = head // GROUP
     e = tl.arange(0, E)
+    other = (e + E // 2) % E  # the partner in the half-split rotation
     rope_id = tl.load(rope_ptr + b)
+    write = tl.load(write_ptr + b)
+    first_end = tl.load(first_end_ptr + b).to(tl.int32)
+    q_ptr += b * q_stride + head * E
+    k_ptr += b * k_stride + kv_head * E
+    q = tl.load(q_ptr + e).to(tl.float32)
+    q_other = tl.load(q_ptr + other).to(tl.float32)
+    k = tl.load(k_ptr + e).to(tl.float32)
+    k_other = tl.load(k_ptr + other).to(tl.float32)
+    v = tl.load(v_ptr + b * v_stride + kv_head * E + e)
     cos = tl.load(cos_ptr + rope_id * (E // 2) + e % (E // 2))
     sin = tl.load(sin_ptr + rope_id * (E // 2) + e % (E // 2))
     sin = tl.where(e < E // 2, -sin, sin)
     dtype = keys_ptr.dtype.element_ty
-    q = _rotated(q_ptr + b * q_stride + head * E, cos, sin, E).to(dtype).to(tl.float32)
+    q = (q * cos + q_other * sin).to(dtype).to(tl.float32)
     q *= 1.4426950408889634 / tl.sqrt(E * 1.0)  # scale, and log2(e) for exp2
-    k = _rotated(k_ptr + b * k_stride + kv_head * E, cos, sin, E).to(dtype)
-    v = tl.load(v_ptr + b * v_stride + kv_head * E + e)
+    k = (k * cos + k_other * sin).to(dtype)
     keys_ptr += b * cache_stride_b + kv_head * cache_stride_h
     values_ptr += b * cache_stride_b + kv_head * cache_stride_h
 
-    first_end = tl.load(first_end_ptr + b).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(first_end, SPLITS), BLOCK) * BLOCK
-    start = split * share
-    write = tl.load(write_ptr + b)
     if split == 0:
         tl.store(keys_ptr + write * E + e, k)
         tl.store(values_ptr + write * E + e, v)
         best = tl.sum(q * k.to(tl.float32))
         total = 1.0
         acc = v.to(tl.float32)
-        low = tl.load(second_start_ptr + b).to(tl.int32)
-        high = tl.load(second_end_ptr + b).to(tl.int32)
-        best, total, acc = _attend_rows(
-            q, keys_ptr, values_ptr, low, high, write, best, total, acc, BLOCK, E, 1
-        )
     else:
         best = -1e30  # not -inf: a tile may hold no row but the skipped one
         total = 0.0
         acc = tl.zeros([E], tl.float32)
+    share = tl.cdiv(tl.cdiv(first_end, SPLITS), BLOCK) * BLOCK
+    start = split * share
     end = tl.minimum(start + share, first_end)
     best, total, acc = _attend_rows(
         q, keys_ptr, values_ptr, start, end, write, best, total, acc, BLOCK, E, STAGES
     )
+    if SECOND:
+        if split == 0:
+            low = tl.load(second_start_ptr + b).to(tl.int32)
+            high = tl.load(second_end_ptr + b).to(tl.int32)
+            best, total, acc = _attend_rows(
+                q, keys_ptr, values_ptr, low, high, write, best, total, acc, BLOCK, E, 1
+            )
     if SPLITS == 1:
         tl.store(out_ptr + tl.program_id(0) * E + e, (acc / total).to(out_ptr.dtype.element_ty))
     else:
@@ -104,15 +118,6 @@ def _attend_kernel(
         tl.store(partial_ptr + e, acc)
         tl.store(partial_ptr + E, best)
         tl.store(partial_ptr + E + 1, total)
-
-
-@triton.jit
-def _rotated(x_ptr, cos, sin, E: tl.constexpr):
-    """Half-split RoPE of one head: x cos + (x with halves swapped) (-sin, sin)."""
-    e = tl.arange(0, E)
-    x = tl.load(x_ptr + e).to(tl.float32)
-    swapped = tl.load(x_ptr + (e + E // 2) % E).to(tl.float32)
-    return x * cos + swapped * sin
 
 
 @triton.jit
@@ -247,34 +252,37 @@ def _few_rows_kernel(
     row = tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, INNER)
+    dtype = x_ptr.dtype.element_ty
+    x_ptr += row * inner
+    given = row < batch_size
+    if NORM:  # every program for itself: x is small and in the cache
+        squares = tl.zeros([ROWS, INNER], tl.float32)
+        for start in range(0, inner, INNER):
+            k = start + step[None, :]
+            x = tl.load(x_ptr + k, mask=given & (k < inner), other=0.0).to(tl.float32)
+            squares += x * x
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / inner + eps)[:, None]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
     weight_ptr += column.to(tl.int64)[None, :] * inner
     for start in range(0, inner, INNER):
         k = start + step
         inside = k < inner
-        x = tl.load(x_ptr + row * inner + k[None, :], mask=(row < batch_size) & inside, other=0.0)
-        dtype = x.dtype
-        if NORM:  # its scale is one number per row, applied at the end
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            scale = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            x = (wide * scale[None, :]).to(dtype)
+        x = tl.load(x_ptr + k[None, :], mask=given & inside, other=0.0)
+        if NORM:
+            norm = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+            x = (x.to(tl.float32) * scale * norm[None, :]).to(dtype)
         seen = inside[:, None] & (column < width)[None, :]
         w = tl.load(weight_ptr + k[:, None], mask=seen, other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
         if SWIGLU:
             w = tl.load(weight_ptr + width.to(tl.int64) * inner + k[:, None], mask=seen, other=0.0)
             up = tl.dot(x, w, up, input_precision="ieee")
-    if NORM:
-        scale = tl.rsqrt(squares / inner + eps)[:, None]
-        acc *= scale
-        up *= scale
     if SWIGLU:
-        acc = acc * tl.sigmoid(acc) * up
+        gate = acc.to(dtype).to(tl.float32)  # rounded where the matmul of the reference rounds
+        acc = gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
     out_at = out_ptr + row * width + column[None, :]
-    seen = (row < batch_size) & (column < width)[None, :]
+    seen = given & (column < width)[None, :]
     if ADD:
         acc += tl.load(out_at, mask=seen, other=0.0).to(tl.float32)
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=seen)

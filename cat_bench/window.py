@@ -109,13 +109,8 @@ def write_rows(ring: Tensor, rows: Tensor, start: int) -> None:
 
 def ring_rows(position: Tensor, num_slots: int) -> Rows:
     """For a graphed step: token `position` (b,) overwrites the oldest row and sees all others."""
-    none = torch.zeros_like(position)
     return Rows(
-        write=position % num_slots,
-        rope_id=position,
-        first_end=position.clamp(max=num_slots),
-        second_start=none,
-        second_end=none,
+        write=position % num_slots, rope_id=position, first_end=position.clamp(max=num_slots)
     )
 
 

@@ -7,7 +7,6 @@ pass without a fault is what test_contract.py asserts, on the same two subjects 
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import contextmanager
 from unittest import mock
 
 import contract
@@ -78,13 +77,9 @@ class CatLeakyMask(cat.Model):
 class DenseLeakyMask(dense.Model):
     """A mask off by one: every token sees its successor."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        def one_ahead(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
-            return blocks.attention(q, k, v, mask=seen)
-
-        with mock.patch.object(dense, "attention", one_ahead):
-            return super().forward(tokens)
+    def attend_all(self, num_tokens: int, device: torch.device) -> blocks.Attend:
+        seen = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril(1)
+        return lambda q, k, v: blocks.attention(q, k, v, mask=seen)
 
 
 class CatOversizedCache(cat.Model):
@@ -114,12 +109,8 @@ class CatNoCausalMask(cat.Model):
 
 
 class DenseNoCausalMask(dense.Model):
-    def forward(self, tokens: Tensor) -> Tensor:
-        def everyone(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-            return blocks.attention(q, k, v)
-
-        with mock.patch.object(dense, "attention", everyone):
-            return super().forward(tokens)
+    def attend_all(self, num_tokens: int, device: torch.device) -> blocks.Attend:
+        return blocks.attention
 
 
 class CatOwnChunkLeak(cat.Model):
@@ -135,20 +126,18 @@ class CatOwnChunkLeak(cat.Model):
 
 
 class CatStaleSlots(cat.Model):
-    """A new chunk still reads the open tokens of the chunk before it."""
+    """A new chunk still reads an open token of the chunk before it: the next row of the cache."""
 
     def prefill(self, tokens: Tensor, state: cat.State, lengths: Tensor | None = None):
-        def with_stale(cache: Tensor, num_slots: int, first_open: int, num_open: int) -> Tensor:
-            return torch.cat([cache[:, :, first_open:], cache[:, :, :num_slots]], dim=2)
+        def one_more(rows: Tensor) -> Tensor:
+            batch_size, heads, num_rows, width = rows.shape
+            return rows.as_strided((batch_size, heads, num_rows + 1, width), rows.stride())
 
-        with mock.patch.object(cat, "live_rows", with_stale), unmasked():
+        def with_stale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return blocks.attention(q, one_more(k), one_more(v))
+
+        with mock.patch.object(cat, "causal_attention", with_stale):
             return super().prefill(tokens, state, lengths)
-
-
-@contextmanager
-def unmasked():
-    with mock.patch.object(cat, "causal_attention", blocks.attention):
-        yield
 
 
 class CatIgnoresLengths(cat.Model):
