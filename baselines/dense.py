@@ -88,7 +88,7 @@ class Model(Transformer):
                 keys[:, :, start:end], values[:, :, start:end] = k, v
                 return causal_attention(q, keys[:, :, :end], values[:, :, :end])
 
-            x = block(x, rope, attend)
+            x = self.prefill_block(block, x, rope, attend)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:

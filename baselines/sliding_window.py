@@ -106,7 +106,7 @@ class Model(Transformer):
             def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
                 return ring_attention(q, k, v, keys, values, start, self.config.window)
 
-            x = block(x, rope, attend)
+            x = self.prefill_block(block, x, rope, attend)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:

@@ -120,7 +120,7 @@ class Model(Transformer):
                 self._store(v, values, start)
                 return attention(q, all_k, all_v, mask=seen)
 
-            x = block(x, rope, attend)
+            x = self.prefill_block(block, x, rope, attend)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:

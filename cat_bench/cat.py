@@ -11,6 +11,7 @@ h heads, e head width (64), s = max_len / c + c cache rows, v vocabulary.
 Try it: cat-bench run efficiency -a cat:chunk_size=8 --quick
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -35,11 +36,11 @@ from cat_bench.blocks import (
 from cat_bench.graph import (
     CapturedStep,
     Rows,
-    bidirectional_block,
     block_step,
     block_step_reference,
+    fast_block,
     normed_linear,
-    rms_norm,
+    plain_block,
 )
 
 PRESETS = {
@@ -162,31 +163,21 @@ class Compressor(nn.Module):
         self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.proj = nn.Linear(c.chunk_size * c.width, c.width_d, bias=False)
 
-    def forward(self, chunks: Tensor, indices: Tensor) -> Tensor:
-        """chunks (b, k, c) ids; indices (k,) or (b, k), each below `num_positions`."""
-        x, rope = self._rows(chunks, indices)
+    def forward(self, chunks: Tensor, indices: Tensor, run_block=plain_block) -> Tensor:
+        """chunks (b, k, c) ids; indices (k,) or (b, k), each below `num_positions`.
+
+        `run_block`: graph.fast_block for inference on the Triton kernels.
+        """
+        batch_size, num_chunks, chunk_size = chunks.shape
+        position = self.positions(indices).expand(batch_size, num_chunks, -1)
+        x = torch.cat([position[:, :, None], self.embed(chunks)], dim=2)  # (b, k, 1 + c, d)
+        x = x.flatten(0, 1)  # all chunks side by side in the batch: no attention across them
+        ids = torch.arange(1 + chunk_size, device=x.device)
+        rope = rope_table(ids, self.config.rope_base)
         for block in self.blocks:
-            x = block(x, rope, attention)  # bidirectional
-        return self._slots(self.norm(x), chunks)
-
-    def fast(self, chunks: Tensor, indices: Tensor) -> Tensor:
-        """The same on the Triton kernels; inference only."""
-        x, rope = self._rows(chunks, indices)
-        for block in self.blocks:
-            x = bidirectional_block(block, x, rope)
-        return self._slots(rms_norm(x.flatten(0, 1), self.norm).view_as(x), chunks)
-
-    def _rows(self, chunks: Tensor, indices: Tensor) -> tuple[Tensor, Rope]:
-        """p_i, then the tokens of chunk i: (b k, 1 + c, d), and the RoPE tables of a chunk."""
-        position = self.positions(indices).expand(*chunks.shape[:2], -1)
-        x = torch.cat([position[:, :, None], self.embed(chunks)], dim=2)
-        ids = torch.arange(x.shape[2], device=x.device)
-        # All chunks lie side by side in the batch: no attention across them.
-        return x.flatten(0, 1), rope_table(ids, self.config.rope_base)
-
-    def _slots(self, x: Tensor, chunks: Tensor) -> Tensor:
-        """(b k, 1 + c, d) -> (b, k, D): all rows but p_i's, which has done its work."""
-        return self.proj(x[:, 1:].flatten(1)).unflatten(0, chunks.shape[:2])
+            x = run_block(block, x, rope)  # bidirectional
+        x = self.norm(x[:, 1:])  # p_i has done its work
+        return self.proj(x.flatten(1)).unflatten(0, (batch_size, num_chunks))
 
 
 class Decoder(nn.Module):
@@ -261,7 +252,11 @@ class Model(nn.Module):
     def _dummy(self, batch_size: int) -> Tensor:
         return self.decoder.dummy.expand(batch_size, 1, -1)
 
-    def _compress(self, chunks: Tensor, first_index: int) -> Tensor:
+    @property
+    def _prefill_block(self) -> Callable:
+        return plain_block if self.decode_path == "eager" else fast_block
+
+    def _compress(self, chunks: Tensor, first_index: int, run_block=plain_block) -> Tensor:
         """Slots (b, k, D) of the k consecutive chunks that start at chunk `first_index`."""
         batch_size, num_chunks = chunks.shape[:2]
         end = first_index + num_chunks
@@ -272,7 +267,8 @@ class Model(nn.Module):
             )
         if num_chunks == 0:
             return self.decoder.dummy.new_empty(batch_size, 0, self.config.width_d)
-        return self.compressor(chunks, torch.arange(first_index, end, device=chunks.device))
+        indices = torch.arange(first_index, end, device=chunks.device)
+        return self.compressor(chunks, indices, run_block)
 
     def _rope(self, chunk: Tensor, offset: Tensor) -> Rope:
         growing = self.config.rope == "growing"
@@ -337,7 +333,7 @@ class Model(nn.Module):
         closed = unread[:, : (chunk - first) * size].unflatten(1, (-1, size))
         tail = unread[:, (chunk - first) * size :]  # (b, offset)
         state.open_tokens[:, :offset] = tail
-        slots = self._compress(closed, first)
+        slots = self._compress(closed, first, self._prefill_block)
         if start == 0:
             slots = torch.cat([self._dummy(len(tokens)), slots], dim=1)
         seen_tail = 0 if chunk > first or start == 0 else start % size  # rows already in the cache
@@ -357,7 +353,7 @@ class Model(nn.Module):
                 keys[:, :, new], values[:, :, new] = k, v
                 return causal_attention(q, keys[:, :, :seen], values[:, :, :seen])
 
-            x = block(x, rope, attend)
+            x = self._prefill_block(block, x, rope, attend)
         return self.decoder.head(self.decoder.norm(x[:, -1]))
 
     def _prefill_ragged(self, tokens: Tensor, state: State, lengths: np.ndarray) -> Tensor:
@@ -370,8 +366,11 @@ class Model(nn.Module):
         tail_at = (chunk * size)[:, None] + torch.arange(num_tail, device=device)
         tail = tokens.gather(1, tail_at.clamp(max=tokens.shape[1] - 1))
         state.open_tokens[:, :num_tail] = tail
-        closed = tokens[:, : num_chunks * size].unflatten(1, (-1, size))
-        slots = torch.cat([self._dummy(len(tokens)), self._compress(closed, 0)], dim=1)
+        closed, run_block = (
+            tokens[:, : num_chunks * size].unflatten(1, (-1, size)),
+            self._prefill_block,
+        )
+        slots = torch.cat([self._dummy(len(tokens)), self._compress(closed, 0, run_block)], dim=1)
         x = torch.cat([slots, self.decoder.embed(tail)], dim=1)
         slot_ids, raw_ids = (torch.arange(n, device=device) for n in (num_chunks + 1, num_tail))
         rope = self._rope(
@@ -392,7 +391,7 @@ class Model(nn.Module):
                     cache[row, :, tail_rows] = new[:, :, num_chunks + 1 :].transpose(1, 2)
                 return attention(q, k, v, mask=seen[:, None])
 
-            x = block(x, rope, attend)
+            x = run_block(block, x, rope, attend)
         last = torch.where(offset > 0, num_chunks + offset, chunk)
         x = x[torch.arange(len(x), device=device), last]
         return self.decoder.head(self.decoder.norm(x))
@@ -442,10 +441,8 @@ class Model(nn.Module):
             x = self.decoder.embed(token)
         else:
             closed = (chunk - 1).clamp(min=0)[:, None]  # clamp: rows in chunk 0 close nothing
-            compress = (
-                self.compressor if run_block is block_step_reference else self.compressor.fast
-            )
-            x = compress(state.open_tokens[:, None], closed)[:, 0]
+            fast = fast_block if run_block is block_step else plain_block
+            x = self.compressor(state.open_tokens[:, None], closed, fast)[:, 0]
             if kind == "ragged":
                 x = torch.where((offset == 0)[:, None], x, self.decoder.embed(token))
         for block, keys, values in zip(self.decoder.blocks, state.keys, state.values, strict=True):

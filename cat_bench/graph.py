@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention, rotate
+from cat_bench.blocks import HEAD_WIDTH, Attend, Block, Rope, attention, rotate
 
 
 class Rows(NamedTuple):
@@ -80,22 +80,27 @@ def block_step(
     return finish_block(block, x, o)
 
 
-def bidirectional_block(block: Block, x: Tensor, rope: Rope) -> Tensor:
-    """One block over sequences in which every row sees all rows, on the Triton kernels.
+def fast_block(block: Block, x: Tensor, rope: Rope, attend: Attend | None = None) -> Tensor:
+    """`block(x, rope, attend)` with norms, SwiGLU and residuals fused, for prefill and compressor.
 
-    x (b, t, d) is changed in place and returned; rope tables (t, e/2). Inference only. Reference:
-    `block(x, rope, attention)`.
+    x (b, t, d) is changed in place and returned; inference only. Without `attend` every row sees
+    all rows of its sequence, as blocks.attention has it.
     """
     from cat_bench import kernels
 
     rows = x.flatten(0, 1)
     qkv = normed_linear(rows, block.attn_norm, block.qkv.weight).unflatten(0, x.shape[:2])
-    if block.q_norm is not None or x.shape[1] > kernels.SHORT:
-        q, k, v = block.split_heads(qkv)
-        o = attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)
-    else:
+    if attend is None and block.q_norm is None and x.shape[1] <= kernels.SHORT:
         o = kernels.short_attention(qkv, block.num_heads, rope)
+    else:
+        q, k, v = block.split_heads(qkv)
+        o = (attend or attention)(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)
     return finish_block(block, rows, o.flatten(0, 1)).view_as(x)
+
+
+def plain_block(block: Block, x: Tensor, rope: Rope, attend: Attend = attention) -> Tensor:
+    """The reference of `fast_block`."""
+    return block(x, rope, attend)
 
 
 def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, Logits, Tokens
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
-from cat_bench.graph import CapturedStep, Rows, block_step, normed_linear
+from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, normed_linear, plain_block
 
 
 class LanguageModel(nn.Module):
@@ -115,6 +115,11 @@ class Transformer(LanguageModel):
             return normed_linear(x, self.norm, self.head.weight)
 
         return CapturedStep(run, buffers.keys.shape[1], device, end=max_len)
+
+    @property
+    def prefill_block(self) -> Callable:
+        """What runs a block in prefill, (block, x, rope, attend) -> x: fused on a fast path."""
+        return plain_block if self.decode_path == "eager" else fast_block
 
     @property
     def num_kv_heads(self) -> int:

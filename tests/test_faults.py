@@ -57,8 +57,8 @@ class DenseRopeRestartsInPrefill(dense.Model):
 class CatChunkNumberOffByOne(cat.Model):
     """A chunk that closes while generating is compressed with its neighbour's position."""
 
-    def _compress(self, chunks: Tensor, first_index: int) -> Tensor:
-        return super()._compress(chunks, first_index + (first_index > 0))
+    def _compress(self, chunks: Tensor, first_index: int, *rest) -> Tensor:
+        return super()._compress(chunks, first_index + (first_index > 0), *rest)
 
 
 class CatLeakyMask(cat.Model):
