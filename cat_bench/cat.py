@@ -39,8 +39,8 @@ from cat_bench.graph import (
     block_step,
     block_step_reference,
     fast_block,
-    normed_linear,
     plain_block,
+    rms_norm,
 )
 
 PRESETS = {
@@ -449,7 +449,7 @@ class Model(nn.Module):
             x = run_block(block, x, keys, values, rows, rope)
         if run_block is block_step_reference:
             return self.decoder.head(self.decoder.norm(x))
-        return normed_linear(x, self.decoder.norm, self.decoder.head.weight)
+        return self.decoder.head(rms_norm(x, self.decoder.norm))
 
     def _capture(self, state: State, kind: str) -> None:
         size, device = self.config.chunk_size, state.keys.device

@@ -70,7 +70,7 @@ def block_step(
     """
     from cat_bench import kernels
 
-    qkv = normed_linear(x, block.attn_norm, block.qkv.weight)
+    qkv = F.linear(rms_norm(x, block.attn_norm), block.qkv.weight)
     kv_width = block.num_kv_heads * HEAD_WIDTH
     q, k, v = qkv.split([block.num_heads * HEAD_WIDTH, kv_width, kv_width], dim=-1)
     if block.q_norm is not None:
@@ -89,9 +89,12 @@ def fast_block(block: Block, x: Tensor, rope: Rope, attend: Attend | None = None
     from cat_bench import kernels
 
     rows = x.flatten(0, 1)
-    qkv = normed_linear(rows, block.attn_norm, block.qkv.weight).unflatten(0, x.shape[:2])
+    qkv = F.linear(rms_norm(rows, block.attn_norm), block.qkv.weight).view(*x.shape[:2], -1)
     if attend is None and block.q_norm is None and x.shape[1] <= kernels.SHORT:
         o = kernels.short_attention(qkv, block.num_heads, rope)
+    elif block.q_norm is None and rope[0].dim() == 2:
+        kernels.rotate_(qkv, block.num_heads + block.num_kv_heads, rope)
+        o = (attend or attention)(*block.split_heads(qkv)).transpose(1, 2).flatten(2)
     else:
         q, k, v = block.split_heads(qkv)
         o = (attend or attention)(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)
@@ -107,22 +110,9 @@ def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
     """The block after its attention, in place: x and o (rows, d)."""
     from cat_bench import kernels
 
-    if len(x) <= kernels.FEW_ROWS:
-        kernels.few_rows_linear(o, block.attn_out.weight, add_to=x)
-        h = kernels.few_rows_linear(x, packed_gate_up(block), norm=block.mlp_norm, swiglu=True)
-        return kernels.few_rows_linear(h, block.w2.weight, add_to=x)
     x.addmm_(o, block.attn_out.weight.T)  # in place: the residual rides in the matmul's epilogue
     gate_up = F.linear(rms_norm(x, block.mlp_norm), packed_gate_up(block))
     return x.addmm_(kernels.swiglu(gate_up), block.w2.weight.T)
-
-
-def normed_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor) -> Tensor:
-    """norm(x) @ weight.T of (rows, d), in one launch where there are few rows, else in two."""
-    from cat_bench import kernels
-
-    if len(x) <= kernels.FEW_ROWS:
-        return kernels.few_rows_linear(x, weight, norm=norm)
-    return F.linear(rms_norm(x, norm), weight)
 
 
 def conv_step_reference(
@@ -141,21 +131,6 @@ def short_attention_reference(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor
     """Every row sees all rows. qkv (b, t, 3 h e), rope tables (t, e/2) -> (b, t, h e)."""
     q, k, v = qkv.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2).split(num_heads, dim=1)
     return attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)
-
-
-def few_rows_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    norm: nn.RMSNorm | None = None,
-    swiglu: bool = False,
-    add_to: Tensor | None = None,
-) -> Tensor:
-    """x (b, k), weight (n, k) -> (b, n), or in place into `add_to`; see kernels.few_rows_linear."""
-    y = F.linear(x if norm is None else norm(x), weight)
-    if swiglu:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-    return y if add_to is None else add_to.add_(y)
 
 
 def packed_gate_up(block: Block) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: b batch, h query heads, g key-value heads, e head width (64), s cache ro
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from cat_bench.blocks import HEAD_WIDTH, Rope
 from cat_bench.graph import Rows
@@ -18,8 +18,6 @@ BLOCK = 32  # cache rows a tile; these four were the best or within 2 % of it on
 WARPS = 1
 STAGES = 2
 SHORT = 128  # rows that short_attention holds in registers
-FEW_ROWS = 32  # rows up to which few_rows_linear beats a matmul with separate norm and SwiGLU
-FEW_COLUMNS, FEW_INNER, FEW_WARPS, FEW_STAGES = 16, 512, 4, 4  # its tile; INNER in bytes
 PROGRAMS_WANTED = 2048  # about 16 per multiprocessor of an H100 or H200; below it, split the rows
 
 
@@ -216,76 +214,35 @@ def _rotated_halves(x_ptr, cos, sin, inside, E: tl.constexpr):
     return (x1 * cos - x2 * sin).to(dtype), (x1 * sin + x2 * cos).to(dtype)
 
 
-def few_rows_linear(
-    x: Tensor,
-    weight: Tensor,
-    norm: nn.RMSNorm | None = None,
-    swiglu: bool = False,
-    add_to: Tensor | None = None,
-) -> Tensor:
-    """A linear layer of up to FEW_ROWS rows with what surrounds it, in one launch.
+def rotate_(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
+    """Half-split RoPE of the first `num_heads` heads of every row, in place, in one launch.
 
-    Reference: graph.few_rows_linear_reference. x (b, k), weight (n, k), both contiguous -> (b, n):
-    norm(x) @ weight.T, or `add_to` (b, n) += x @ weight.T in place. With `swiglu`, weight is
-    (2 n, k), gate over up, and the result silu(gate) * up. Bound by reading the weights once.
+    Reference: blocks.rotate. qkv (b, t, n e), contiguous; rope tables (t, e/2) fp32.
     """
-    batch_size, inner = x.shape
-    width = len(weight) // 2 if swiglu else len(weight)
-    out = x.new_empty(batch_size, width) if add_to is None else add_to
-    _few_rows_kernel[(triton.cdiv(width, FEW_COLUMNS),)](
-        x, weight, weight if norm is None else norm.weight, out, batch_size, inner, width,
-        0.0 if norm is None else norm.eps,
-        NORM=norm is not None, SWIGLU=swiglu, ADD=add_to is not None,
-        ROWS=max(16, triton.next_power_of_2(batch_size)), COLUMNS=FEW_COLUMNS,
-        INNER=FEW_INNER // x.itemsize,
-        num_warps=FEW_WARPS, num_stages=FEW_STAGES,
-    )  # fmt: skip
-    return out
+    batch_size, num_rows, width = qkv.shape
+    pairs = num_heads * HEAD_WIDTH // 2
+    _rotate_kernel[(batch_size * num_rows,)](
+        qkv, *rope, num_rows, width, pairs, E=HEAD_WIDTH, BLOCK=triton.next_power_of_2(pairs)
+    )
+    return qkv
 
 
 @triton.jit
-def _few_rows_kernel(
-    x_ptr, weight_ptr, norm_ptr, out_ptr, batch_size, inner, width, eps,
-    NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    step = tl.arange(0, INNER)
-    dtype = x_ptr.dtype.element_ty
-    x_ptr += row * inner
-    given = row < batch_size
-    if NORM:  # every program for itself: x is small and in the cache
-        squares = tl.zeros([ROWS, INNER], tl.float32)
-        for start in range(0, inner, INNER):
-            k = start + step[None, :]
-            x = tl.load(x_ptr + k, mask=given & (k < inner), other=0.0).to(tl.float32)
-            squares += x * x
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / inner + eps)[:, None]
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    weight_ptr += column.to(tl.int64)[None, :] * inner
-    for start in range(0, inner, INNER):
-        k = start + step
-        inside = k < inner
-        x = tl.load(x_ptr + k[None, :], mask=given & inside, other=0.0)
-        if NORM:
-            norm = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) * scale * norm[None, :]).to(dtype)
-        seen = inside[:, None] & (column < width)[None, :]
-        w = tl.load(weight_ptr + k[:, None], mask=seen, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        if SWIGLU:
-            w = tl.load(weight_ptr + width.to(tl.int64) * inner + k[:, None], mask=seen, other=0.0)
-            up = tl.dot(x, w, up, input_precision="ieee")
-    if SWIGLU:
-        gate = acc.to(dtype).to(tl.float32)  # rounded where the matmul of the reference rounds
-        acc = gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
-    out_at = out_ptr + row * width + column[None, :]
-    seen = given & (column < width)[None, :]
-    if ADD:
-        acc += tl.load(out_at, mask=seen, other=0.0).to(tl.float32)
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=seen)
+def _rotate_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, num_rows, width, pairs, E: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK)
+    inside = pair < pairs
+    table = row % num_rows * (E // 2) + pair % (E // 2)
+    cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
+    first = qkv_ptr + row * width + pair // (E // 2) * E + pair % (E // 2)
+    x1 = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(first + E // 2, mask=inside, other=0.0).to(tl.float32)
+    dtype = qkv_ptr.dtype.element_ty
+    tl.store(first, (x1 * cos - x2 * sin).to(dtype), mask=inside)
+    tl.store(first + E // 2, (x1 * sin + x2 * cos).to(dtype), mask=inside)
 
 
 def conv_step(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, Logits, Tokens
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
-from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, normed_linear, plain_block
+from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, plain_block, rms_norm
 
 
 class LanguageModel(nn.Module):
@@ -112,7 +112,7 @@ class Transformer(LanguageModel):
             rows, x = rows_of(position), self.embed(token)
             for block, keys, values in zip(self.blocks, buffers.keys, buffers.values, strict=True):
                 x = block_step(block, x, keys, values, rows, rope)
-            return normed_linear(x, self.norm, self.head.weight)
+            return self.head(rms_norm(x, self.norm))
 
         return CapturedStep(run, buffers.keys.shape[1], device, end=max_len)
 

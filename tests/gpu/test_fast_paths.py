@@ -76,7 +76,7 @@ def decoded(model: Architecture, tokens: Tensor, prompt_len: int) -> Tensor:
 def test_float32_equals_eager(
     subject: Subject, path: str, batch_size: int, prompt_len: int
 ) -> None:
-    """Batches on both sides of kernels.FEW_ROWS, prompts on and off a chunk boundary."""
+    """Few and many sequences (rows split over programs or not), prompts on and off a boundary."""
     eager, fast = pair(subject, path, "float32")
     tokens = subject.tokens(batch_size, prompt_len + NUM_STEPS).cuda()
     expected = decoded(eager, tokens, prompt_len)
