@@ -1,0 +1,244 @@
+"""Chunk attention: causal inside a chunk, plus one summary row of every chunk before it.
+
+Rows come in chunks of C: chunk i is rows iC .. iC + C - 1, the last one may be open. The query in
+row r of chunk i sees
+
+    rows iC .. r                   of its own chunk, and
+    one row of each earlier chunk  its first (summary="first") or its last (summary="last").
+
+"first" is the decoder of CAT in the compact layout, where a chunk's first row is a slot (paper
+sections 2 and B.2, cat_spec.md 1.3 and 3); "last" is the strided pattern of Sparse Transformers
+(baselines/sparse.py). C = 4, rows 5 and 6, # seen:
+
+    first  #...##..   #...###.         last  ...###..   ...####.
+
+A query sees t / C + C rows at most instead of t, so a long sequence costs about C times less than
+dense causal attention; a mask alone saves nothing, for seen and unseen columns alternate.
+
+Shapes: b batch, h query heads, g key-value heads, t rows, e head width, k chunks = ceil(t / C).
+"""
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cat_bench.blocks import attention
+
+IMPLEMENTATIONS = ("eager", "two_part", "fused")
+REQUIRES = {"fused": "triton"}
+MAX_FUSED_CHUNK = 128  # rows; a chunk must fit into one tile of the kernels
+FUSED_HEAD_WIDTHS = (16, 32, 64, 128)
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    summary: Literal["first", "last"] = "first",
+    implementation: Literal["eager", "two_part", "fused"] = "eager",
+) -> Tensor:
+    """Softmax attention, scale 1 / sqrt(e), over the rows that the module's docstring allows.
+
+    q (b, h, t, e); k and v (b, g, t, e), where query head i uses key-value head i // (h / g).
+    Returns o (b, h, t, e) in q's dtype. Any t >= 1 and any chunk_size >= 1; differentiable in all
+    three inputs. Under autocast the inputs are cast as those of PyTorch's own attention are.
+
+    "eager"     a (t, t) mask: the specification. Any device and dtype.
+    "two_part"  own chunk and earlier summaries apart, merged: t / C as much work and memory for
+                long t, in plain PyTorch. Any device and dtype.
+    "fused"     one Triton kernel forward, two backward, float32 sums: CUDA; float32, bfloat16 or
+                float16; chunk_size up to 128; e one of 16, 32, 64, 128. Opaque to torch.compile,
+                which may wrap it (fullgraph). Once differentiable.
+
+    Raises ValueError where shapes, dtypes, names or the limits of "fused" do not fit.
+    """
+    _check(q, k, v, chunk_size, summary, implementation)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
+    offset = 0 if summary == "first" else chunk_size - 1
+    if implementation == "eager":
+        return attention(q, k, v, mask=chunk_mask(q.shape[2], chunk_size, offset, q.device))
+    if implementation == "two_part":
+        return _two_part(q, k, v, chunk_size, offset)
+    _check_fused(q, chunk_size)
+    return fused(q, k, v, chunk_size, offset)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str, name: str) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q must be (b, h, t, e), k and v (b, g, t, e), got {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    (b, h, t, e), g = q.shape, k.shape[1]
+    if t < 1 or k.shape != (b, g, t, e) or g < 1 or h % g:
+        raise ValueError(
+            f"q and k must agree in batch, rows (at least 1) and head width, and the heads of k "
+            f"must divide those of q, got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if summary not in ("first", "last"):
+        raise ValueError(f"summary must be 'first' or 'last', got '{summary}'.")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got '{name}'.")
+
+
+def _check_fused(q: Tensor, chunk_size: int) -> None:
+    """What the kernels cannot do has another name: nothing falls back in silence."""
+    other = "use implementation='two_part'."
+    if not q.is_cuda:
+        raise ValueError(f"implementation 'fused' needs CUDA tensors, got {q.device}; {other}")
+    if chunk_size > MAX_FUSED_CHUNK:
+        raise ValueError(
+            f"implementation 'fused' takes chunk_size up to {MAX_FUSED_CHUNK}, got {chunk_size}; "
+            f"{other}"
+        )
+    if q.shape[3] not in FUSED_HEAD_WIDTHS:
+        raise ValueError(
+            f"implementation 'fused' takes head widths {FUSED_HEAD_WIDTHS}, got {q.shape[3]}; "
+            f"{other}"
+        )
+    if q.dtype not in FUSED_DTYPES:
+        raise ValueError(f"implementation 'fused' computes in float32, got {q.dtype}; {other}")
+
+
+# --- eager ----------------------------------------------------------------------------------------
+
+
+def sees(query, key, chunk_size: int, offset: int):
+    """The definition, on row numbers; `offset` of the summary row in its chunk: 0 or C - 1."""
+    same_chunk = query // chunk_size == key // chunk_size
+    return (key <= query) & (same_chunk | (key % chunk_size == offset))
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a mask made while scoring must also serve training
+def chunk_mask(num_rows: int, chunk_size: int, offset: int, device: torch.device) -> Tensor:
+    """(t, t) booleans, built once per length and chunk size."""
+    rows = torch.arange(num_rows, device=device)
+    return sees(rows[:, None], rows, chunk_size, offset)
+
+
+# --- two parts ------------------------------------------------------------------------------------
+
+
+def _two_part(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> Tensor:
+    """softmax over A and B together = the two softmaxes, weighted by their sums of exponentials.
+
+    Shifted by one chunk, "all summaries before my chunk" is plain causal attention over chunks:
+    chunk i, of 1 .. k - 1, sees summaries 0 .. i - 1. So no part is ever empty.
+    """
+    num_rows, r = q.shape[2], q.shape[1] // k.shape[1]
+    pad = -num_rows % chunk_size  # at the end, where causality hides it
+
+    def chunked(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk_size))
+
+    q = chunked(q * q.shape[3] ** -0.5).unflatten(1, (-1, r))  # (b, g, r, k, c, e)
+    k, v = chunked(k)[:, :, None], chunked(v)[:, :, None]  # (b, g, 1, k, c, e)
+    rows = torch.arange(max(q.shape[3], chunk_size), device=q.device)
+    causal = rows[:, None] >= rows
+    o, lse = _attend(q, k, v, causal[:chunk_size, :chunk_size])
+    if q.shape[3] > 1:
+        earlier = causal[: q.shape[3] - 1, : q.shape[3] - 1]  # (k - 1, k - 1)
+        keys, values = (x[:, :, :, None, :-1, offset] for x in (k, v))  # (b, g, 1, 1, k - 1, e)
+        late_o, late_lse = _attend(q[:, :, :, 1:], keys, values, earlier[:, None])
+        both = torch.logaddexp(lse[:, :, :, 1:], late_lse)
+        own_part = o[:, :, :, 1:] * (lse[:, :, :, 1:] - both).exp()[..., None]
+        late_part = late_o * (late_lse - both).exp()[..., None]
+        o = torch.cat([o[:, :, :, :1].to(both.dtype), own_part + late_part], dim=3)
+    return o.flatten(1, 2).flatten(2, 3)[:, :, :num_rows].to(q.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs (..., c, e), and the logarithm of the sum of exponentials, float32 at least."""
+    score = q @ k.transpose(-1, -2)
+    score = score.to(torch.promote_types(score.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
+    lse = score.logsumexp(-1)
+    return (score - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+# --- fused ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("cat_bench::chunk_attention", mutates_args=())
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int
+) -> tuple[Tensor, Tensor]:
+    """o (b, h, t, e), its memory as (b, t, h, e); log2 of the sums of exponentials (b, h, t)."""
+    from cat_bench.chunk_kernels import forward
+
+    o, lse = _outputs(q)
+    forward(*map(_rows_whole, (q, k, v)), o, lse, chunk_size, offset)
+    return o, lse
+
+
+@fused.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
+    return _outputs(q)
+
+
+@torch.library.custom_op("cat_bench::chunk_attention_backward", mutates_args=())
+def fused_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    chunk_size: int, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq (b, h, t, e), dk and dv (b, g, t, e)."""
+    from cat_bench.chunk_kernels import backward
+
+    dq, dk, dv = (_like_tokens(q, q.shape[1]) for _ in range(3))
+    delta = torch.empty_like(lse)
+    backward(*map(_rows_whole, (do, q, k, v)), o, lse, delta, dq, dk, dv, chunk_size, offset)
+    num_kv = k.shape[1]
+    if num_kv == q.shape[1]:
+        return dq, dk, dv
+    return dq, *(x.unflatten(1, (num_kv, -1)).sum(2) for x in (dk, dv))  # heads that share a key
+
+
+@fused_backward.register_fake
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    chunk_size: int, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    num_kv = k.shape[1]
+    dq, dk, dv = (_like_tokens(q, q.shape[1]) for _ in range(3))
+    if num_kv == q.shape[1]:
+        return dq, dk, dv
+    return dq, *(x.unflatten(1, (num_kv, -1)).sum(2) for x in (dk, dv))
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return _like_tokens(q, q.shape[1]), lse
+
+
+def _like_tokens(q: Tensor, num_heads: int) -> Tensor:
+    """An empty (b, h, t, e) whose heads lie side by side per token, as the projections want it."""
+    b, _, t, e = q.shape
+    return q.new_empty(b, t, num_heads, e).transpose(1, 2)
+
+
+def _rows_whole(x: Tensor) -> Tensor:
+    """The kernels take any strides but the last."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, ctx.chunk_size, ctx.offset = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, do: Tensor, _):
+    return *fused_backward(do, *ctx.saved_tensors, ctx.chunk_size, ctx.offset), None, None
+
+
+fused.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,345 @@
+"""Triton kernels of chunk attention (chunk_attention.py has the definition and the references).
+
+A tile is a whole number of chunks, at most BLOCK_M rows. For its queries the keys are of two kinds:
+
+    before the tile   one summary row per chunk, at stride C in memory, all visible: no mask
+    in the tile       a square with the definition as its mask
+
+and one online softmax runs over both: flash attention over t / C keys and one square. Backward:
+`_queries_kernel` repeats that loop for dq; as the rows of a tile are keys of the same tile and, the
+summaries, of later ones, it also has their gradients from the tile itself. `_summaries_kernel` then
+adds to the summary rows what the later tiles give, a tile of summaries at a time. No atomics: the
+result is the same in every run.
+
+Shapes: b batch, h query heads, g key-value heads, t rows, e head width. Scores are in units of
+log 2, for exp2; sums are float32.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Launch(NamedTuple):
+    block_m: int  # query rows
+    block_n: int  # summary rows
+    warps: int
+    stages: int
+
+
+SMALL = {  # chunks of up to 64 rows
+    "forward": Launch(64, 64, 4, 3),
+    "queries": Launch(64, 64, 4, 2),
+    "summaries": Launch(64, 64, 4, 2),
+}
+LARGE = {
+    "forward": Launch(128, 64, 8, 3),
+    "queries": Launch(128, 64, 8, 2),
+    "summaries": Launch(64, 64, 4, 2),
+}
+
+
+def launches(chunk_size: int) -> dict[str, Launch]:
+    return SMALL if chunk_size <= 64 else LARGE
+
+
+def tile_rows(chunk_size: int, block_m: int) -> int:
+    """The rows that a tile has: as many chunks as fit."""
+    return block_m // chunk_size * chunk_size
+
+
+def forward(q, k, v, o, lse, chunk_size: int, offset: int) -> None:
+    """Fill o (b, h, t, e) and lse (b, h, t). Last dimensions contiguous."""
+    launch = launches(chunk_size)["forward"]
+    b, h, t, e = q.shape
+    rows = tile_rows(chunk_size, launch.block_m)
+    tiles = triton.cdiv(t, rows)
+    _forward_kernel[(b * h, tiles)](
+        q, k, v, o, lse, t, e**-0.5,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+        **_constants(q, k, chunk_size, offset, launch), ROWS=rows,
+        num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size: int, offset: int) -> None:
+    """Fill dq, dk and dv, all (b, h, t, e): one gradient of k and v per query head."""
+    launch = launches(chunk_size)
+    b, h, t, e = q.shape
+    rows = tile_rows(chunk_size, launch["queries"].block_m)
+    tiles = triton.cdiv(t, rows)
+    strides = [x.stride(i) for x in (do, q, k, v, o, dq, dk, dv) for i in range(3)]
+    _queries_kernel[(b * h, tiles)](
+        do, q, k, v, o, lse, delta, dq, dk, dv, t, e**-0.5, *strides,
+        **_constants(q, k, chunk_size, offset, launch["queries"]), ROWS=rows,
+        num_warps=launch["queries"].warps,
+    )  # fmt: skip
+    num_summaries = (tiles - 1) * (rows // chunk_size)  # those that a later tile sees
+    if num_summaries == 0:
+        return
+    strides = [x.stride(i) for x in (do, q, k, v, dk, dv) for i in range(3)]
+    _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch["summaries"].block_n))](
+        do, q, k, v, lse, delta, dk, dv, t, num_summaries, e**-0.5, *strides,
+        **_constants(q, k, chunk_size, offset, launch["summaries"]), ROWS=rows,
+        num_warps=launch["summaries"].warps,
+    )  # fmt: skip
+
+
+def _constants(q, k, chunk_size: int, offset: int, launch: Launch) -> dict:
+    heads = q.shape[1]
+    # float32 products in float32, not TF32, as everywhere in this project.
+    return {
+        "HEADS": heads, "SHARED": heads // k.shape[1], "C": chunk_size, "OFFSET": offset,
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "E": q.shape[3],
+        "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "STAGES": launch.stages,
+    }  # fmt: skip
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, num_rows, scale,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head."""
+    head, b = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last has the most keys: it starts first
+    lane, start = tl.arange(0, BLOCK_M), tile.to(tl.int64) * ROWS
+    inside = (lane < ROWS) & (start + lane < num_rows)
+    k_ptr += b * k_b + head // SHARED * k_h
+    v_ptr += b * v_b + head // SHARED * v_h
+    q = _load_rows(q_ptr + b * q_b + head * q_h + start * q_t, q_t, lane, inside, E)
+    k = _load_rows(k_ptr + start * k_t, k_t, lane, inside, E)
+    v = _load_rows(v_ptr + start * v_t, v_t, lane, inside, E)
+    scale *= LOG2_E
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    # Lanes past the end are keys of none but themselves: later than every row.
+    score = tl.where(_sees(lane[:, None], lane[None, :], C, OFFSET), score, float("-inf"))
+    best = tl.max(score, 1)
+    weight = tl.exp2(score - best[:, None])
+    total = tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+
+    k_ptr += OFFSET * k_t
+    v_ptr += OFFSET * v_t
+    num_before = tile * (ROWS // C)
+    whole = num_before // BLOCK_N * BLOCK_N
+    for low in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
+        best, total, acc = _attend_summaries(
+            q, best, total, acc, low, None, k_ptr, C * k_t, v_ptr, C * v_t, scale,
+            BLOCK_N, E, PRECISION,
+        )  # fmt: skip
+    if whole < num_before:
+        best, total, acc = _attend_summaries(
+            q, best, total, acc, whole, num_before, k_ptr, C * k_t, v_ptr, C * v_t, scale,
+            BLOCK_N, E, PRECISION,
+        )  # fmt: skip
+    _store_rows(
+        o_ptr + b * o_b + head * o_h + start * o_t, o_t, lane, inside, acc / total[:, None], E
+    )
+    lse_ptr += tl.program_id(0).to(tl.int64) * num_rows + start
+    tl.store(lse_ptr + lane, best + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def _attend_summaries(
+    q, best, total, acc, low, end, k_ptr, k_stride, v_ptr, v_stride, scale,
+    BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: summaries low .. low + BLOCK_N - 1, below `end` if given."""
+    k, v = _load_summaries(k_ptr, k_stride, v_ptr, v_stride, low, end, BLOCK_N, E)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if end is not None:
+        score = tl.where((low + tl.arange(0, BLOCK_N) < end)[None, :], score, float("-inf"))
+    new_best = tl.maximum(best, tl.max(score, 1))
+    weight = tl.exp2(score - new_best[:, None])
+    shrink = tl.exp2(best - new_best)
+    total = total * shrink + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return new_best, total, acc
+
+
+@triton.jit
+def _load_summaries(
+    k_ptr, k_stride, v_ptr, v_stride, low, end, BLOCK_N: tl.constexpr, E: tl.constexpr
+):
+    """Keys and values (n, e); zero from `end` on, where there is one."""
+    n, first = tl.arange(0, BLOCK_N), tl.cast(low, tl.int64)
+    there = None if end is None else low + n < end
+    k = _load_rows(k_ptr + first * k_stride, k_stride, n, there, E)
+    v = _load_rows(v_ptr + first * v_stride, v_stride, n, there, E)
+    return k, v
+
+
+@triton.jit
+def _queries_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    num_rows, scale,
+    do_b, do_h, do_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One tile of one head: its dq, its keys' gradients from the tile itself, delta = do . o."""
+    head, b = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    lane, start = tl.arange(0, BLOCK_M), tile.to(tl.int64) * ROWS
+    inside = (lane < ROWS) & (start + lane < num_rows)
+    k_ptr += b * k_b + head // SHARED * k_h
+    v_ptr += b * v_b + head // SHARED * v_h
+    do = _load_rows(do_ptr + b * do_b + head * do_h + start * do_t, do_t, lane, inside, E)
+    o = _load_rows(o_ptr + b * o_b + head * o_h + start * o_t, o_t, lane, inside, E)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    at = tl.program_id(0).to(tl.int64) * num_rows + start + lane
+    tl.store(delta_ptr + at, delta, mask=inside)
+    lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
+
+    # Lanes past the end have q = do = 0, hence weight 1, delta 0 and no gradient for any key.
+    q = _load_rows(q_ptr + b * q_b + head * q_h + start * q_t, q_t, lane, inside, E)
+    k = _load_rows(k_ptr + start * k_t, k_t, lane, inside, E)
+    v = _load_rows(v_ptr + start * v_t, v_t, lane, inside, E)
+    scale_2 = scale * LOG2_E
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_2
+    weight = tl.exp2(score - lse[:, None])
+    weight = tl.where(_sees(lane[:, None], lane[None, :], C, OFFSET), weight, 0.0)
+    dv = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
+    _store_rows(dv_ptr + b * dv_b + head * dv_h + start * dv_t, dv_t, lane, inside, dv, E)
+    d_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    d_score = (weight * (d_weight - delta[:, None])).to(k.dtype)
+    dk = tl.dot(tl.trans(d_score), q, input_precision=PRECISION) * scale
+    _store_rows(dk_ptr + b * dk_b + head * dk_h + start * dk_t, dk_t, lane, inside, dk, E)
+    dq = tl.dot(d_score, k, input_precision=PRECISION)
+
+    k_ptr += OFFSET * k_t
+    v_ptr += OFFSET * v_t
+    num_before = tile * (ROWS // C)
+    whole = num_before // BLOCK_N * BLOCK_N
+    for low in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
+        dq = _summaries_to_queries(
+            q, do, lse, delta, dq, low, None, k_ptr, C * k_t, v_ptr, C * v_t, scale_2,
+            BLOCK_N, E, PRECISION,
+        )  # fmt: skip
+    if whole < num_before:
+        dq = _summaries_to_queries(
+            q, do, lse, delta, dq, whole, num_before, k_ptr, C * k_t, v_ptr, C * v_t, scale_2,
+            BLOCK_N, E, PRECISION,
+        )  # fmt: skip
+    _store_rows(dq_ptr + b * dq_b + head * dq_h + start * dq_t, dq_t, lane, inside, dq * scale, E)
+
+
+@triton.jit
+def _summaries_to_queries(
+    q, do, lse, delta, dq, low, end, k_ptr, k_stride, v_ptr, v_stride, scale,
+    BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the summaries of _attend_summaries give to dq (without the scale)."""
+    k, v = _load_summaries(k_ptr, k_stride, v_ptr, v_stride, low, end, BLOCK_N, E)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    weight = tl.exp2(score - lse[:, None])
+    if end is not None:
+        weight = tl.where((low + tl.arange(0, BLOCK_N) < end)[None, :], weight, 0.0)
+    d_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    d_score = (weight * (d_weight - delta[:, None])).to(k.dtype)
+    return tl.dot(d_score, k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _summaries_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    num_rows, num_summaries, scale,
+    do_b, do_h, do_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N summary rows of one head, as keys of all queries in later tiles; added to dk, dv."""
+    head, b = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    low = tl.program_id(1) * BLOCK_N  # the first has the most queries, and starts first
+    n, lane = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    there = low + n < num_summaries
+    row = low.to(tl.int64) * C + OFFSET
+    k_ptr += b * k_b + head // SHARED * k_h + row * k_t
+    v_ptr += b * v_b + head // SHARED * v_h + row * v_t
+    q_ptr += b * q_b + head * q_h
+    do_ptr += b * do_b + head * do_h
+    lse_ptr += tl.program_id(0).to(tl.int64) * num_rows
+    delta_ptr += tl.program_id(0).to(tl.int64) * num_rows
+    k = _load_rows(k_ptr, C * k_t, n, there, E)
+    v = _load_rows(v_ptr, C * v_t, n, there, E)
+    dk = tl.zeros([BLOCK_N, E], tl.float32)
+    dv = tl.zeros([BLOCK_N, E], tl.float32)
+    # Tile by tile, first those that see a part of these summaries, then those that see them all.
+    chunks: tl.constexpr = ROWS // C
+    first = (low // chunks + 1) * ROWS
+    all_from = ((low + BLOCK_N - 1) // chunks + 1) * ROWS
+    all_from = tl.minimum(first + tl.cdiv(all_from - first, BLOCK_M) * BLOCK_M, num_rows)
+    for start in tl.range(first, all_from, BLOCK_M, num_stages=STAGES):
+        query = start + lane
+        seen = (low + n)[:, None] < (query // ROWS * chunks)[None, :]
+        dk, dv = _later_queries(
+            k, v, dk, dv, seen, start, num_rows, q_ptr, q_t, do_ptr, do_t, lse_ptr, delta_ptr,
+            scale, BLOCK_M, E, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(all_from, num_rows, BLOCK_M, num_stages=STAGES):
+        dk, dv = _later_queries(
+            k, v, dk, dv, None, start, num_rows, q_ptr, q_t, do_ptr, do_t, lse_ptr, delta_ptr,
+            scale, BLOCK_M, E, PRECISION,
+        )  # fmt: skip
+    dk_ptr += b * dk_b + head * dk_h + row * dk_t
+    dv_ptr += b * dv_b + head * dv_h + row * dv_t
+    dk = dk * scale + _load_rows(dk_ptr, C * dk_t, n, there, E).to(tl.float32)
+    dv += _load_rows(dv_ptr, C * dv_t, n, there, E).to(tl.float32)
+    _store_rows(dk_ptr, C * dk_t, n, there, dk, E)
+    _store_rows(dv_ptr, C * dv_t, n, there, dv, E)
+
+
+@triton.jit
+def _later_queries(
+    k, v, dk, dv, seen, start, num_rows, q_ptr, q_t, do_ptr, do_t, lse_ptr, delta_ptr, scale,
+    BLOCK_M: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What queries start .. start + BLOCK_M - 1 give to dk (without the scale) and dv."""
+    lane, far = tl.arange(0, BLOCK_M), tl.cast(start, tl.int64)
+    inside = start + lane < num_rows
+    q = _load_rows(q_ptr + far * q_t, q_t, lane, inside, E)
+    do = _load_rows(do_ptr + far * do_t, do_t, lane, inside, E)
+    lse = tl.load(lse_ptr + start + lane, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + start + lane, mask=inside, other=0.0)
+    score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)  # (n, m)
+    weight = tl.exp2(score - lse[None, :])
+    if seen is not None:
+        weight = tl.where(seen, weight, 0.0)
+    dv = tl.dot(weight.to(do.dtype), do, dv, input_precision=PRECISION)
+    d_weight = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    d_score = (weight * (d_weight - delta[None, :])).to(q.dtype)
+    dk = tl.dot(d_score, q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _sees(query, key, C: tl.constexpr, OFFSET: tl.constexpr):
+    """chunk_attention.sees, on row numbers counted from the start of any chunk."""
+    return (key <= query) & ((query // C == key // C) | (key % C == OFFSET))
+
+
+@triton.jit
+def _load_rows(ptr, stride, lane, inside, E: tl.constexpr):
+    """(lanes, E); 0 where not `inside`, which None leaves out."""
+    ptr += lane[:, None] * stride + tl.arange(0, E)[None, :]
+    if inside is None:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def _store_rows(ptr, stride, lane, inside, x, E: tl.constexpr):
+    ptr += lane[:, None] * stride + tl.arange(0, E)[None, :]
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=inside[:, None])
