@@ -17,7 +17,7 @@ Try it: cat-bench run efficiency -a sparse:stride=8 --quick
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import HEAD_WIDTH, Attend, attention, check_width, rope_table
+from cat_bench.chunk_attention import chunk_attention
+from cat_bench.errors import require_cuda
 from cat_bench.graph import CapturedStep, Rows
 from cat_bench.language_model import Transformer
 
@@ -81,6 +83,9 @@ class Model(Transformer):
         super().__init__(config, decode_path, forward_path)
 
     def attend_all(self, num_tokens: int, device: torch.device) -> Attend:
+        if self.forward_path == "compile":
+            require_cuda("the forward path 'compile' of strided attention", device.type)
+            return fused_attention(self.config.stride)
         seen = strided_mask(0, num_tokens, self.config.stride, device)
         return lambda q, k, v: attention(q, k, v, mask=seen)
 
@@ -172,6 +177,12 @@ class Model(Transformer):
 def sees(query: Tensor, key: Tensor, stride: int) -> Tensor:
     """The definition, on absolute positions: own block so far, and the last of every block."""
     return (key <= query) & ((query // stride == key // stride) | (key % stride == stride - 1))
+
+
+@lru_cache
+def fused_attention(stride: int) -> Attend:
+    """The pattern on chunk_attention's kernels. One function per stride, for torch.compile."""
+    return partial(chunk_attention, chunk_size=stride, summary="last", implementation="fused")
 
 
 @lru_cache(maxsize=4)

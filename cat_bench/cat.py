@@ -13,7 +13,7 @@ Try it: cat-bench run efficiency -a cat:chunk_size=8 --quick
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from cat_bench import mask
 from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import (
     HEAD_WIDTH,
+    Attend,
     Block,
     Rope,
     attention,
@@ -33,6 +34,8 @@ from cat_bench.blocks import (
     linear_params,
     rope_table,
 )
+from cat_bench.chunk_attention import chunk_attention
+from cat_bench.errors import require_cuda
 from cat_bench.graph import (
     CapturedStep,
     Rows,
@@ -42,6 +45,8 @@ from cat_bench.graph import (
     plain_block,
     rms_norm,
 )
+from cat_bench.language_model import ForwardPath
+from cat_bench.short_attention import MAX_SHORT, short_block
 
 PRESETS = {
     "cat-4": {"chunk_size": 4},
@@ -195,12 +200,13 @@ class Decoder(nn.Module):
         self.head = nn.Linear(c.width_d, c.vocab_size, bias=False)
 
 
-class Model(nn.Module):
+class Model(ForwardPath):
     decode_paths = ("eager", "cuda_graph")
+    forward_paths = ("eager", "compile")
 
-    def __init__(self, config: Config, decode_path: str = "eager"):
+    def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
         super().__init__()
-        self.config, self.decode_path = config, decode_path
+        self.config, self.decode_path, self.forward_path = config, decode_path, forward_path
         self.compressor = Compressor(config)
         self.decoder = Decoder(config)
         self.init_weights()
@@ -231,20 +237,36 @@ class Model(nn.Module):
         Raises ValueError where the tokens need more chunk positions than the config has.
         """
         num_tokens, c = tokens.shape[1], self.config
+        attend = self._attend_all(num_tokens + 1, tokens.device)
         x = self._rows(tokens)  # (b, t + 1, D)
         row = torch.arange(num_tokens + 1, device=tokens.device)
         rope = self._rope(row // c.chunk_size, row % c.chunk_size)
-        seen = compact_mask(num_tokens + 1, c.chunk_size, tokens.device)
         for block in self.decoder.blocks:
-            x = block(x, rope, lambda q, k, v: attention(q, k, v, mask=seen))
+            x = self.on_forward_path(block)(x, rope, attend)
         return self.decoder.norm(x[:, 1:])  # row 0 would be p(x_0), which is not trained
+
+    def _attend_all(self, num_rows: int, device: torch.device) -> Attend:
+        if self.forward_path == "compile":
+            require_cuda("the forward path 'compile' of CAT", device.type)
+            return fused_attention(self.config.chunk_size)
+        seen = compact_mask(num_rows, self.config.chunk_size, device)
+        return lambda q, k, v: attention(q, k, v, mask=seen)
+
+    def _training_block(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
+        """A block of the compressor on the forward path."""
+        if self.forward_path == "eager":
+            return block(x, rope, attention)
+        if block.q_norm is None and x.shape[1] <= MAX_SHORT:
+            return self.on_forward_path(short_block)(block, x, rope)
+        return self.on_forward_path(block)(x, rope, attention)
 
     def _rows(self, tokens: Tensor) -> Tensor:
         """Decoder inputs in the compact layout: group i is [slot i, C - 1 tokens of chunk i]."""
         num_tokens, chunk_size = tokens.shape[1], self.config.chunk_size
         num_groups = num_tokens // chunk_size + 1
         closed = tokens[:, : (num_groups - 1) * chunk_size].unflatten(1, (-1, chunk_size))
-        slots = torch.cat([self._dummy(len(tokens)), self._compress(closed, 0)], dim=1)
+        slots = self._compress(closed, 0, self._training_block)
+        slots = torch.cat([self._dummy(len(tokens)), slots], dim=1)
         padded = F.pad(tokens, (1, num_groups * chunk_size - num_tokens - 1))  # row r: token r - 1
         raw = self.decoder.embed(padded.unflatten(1, (-1, chunk_size))[:, :, 1:])
         return torch.cat([slots[:, :, None], raw], dim=2).flatten(1, 2)[:, : num_tokens + 1]
@@ -529,6 +551,12 @@ class Model(nn.Module):
             per_chunk += 4 * c.width * c.depth_c * (c.chunk_size + 1) ** 2
             costs.append(Cost("compressor", (blocks + proj) * itemsize, batch_size * per_chunk))
         return tuple(costs)
+
+
+@lru_cache
+def fused_attention(chunk_size: int) -> Attend:
+    """One function per chunk size: with a new one, torch.compile would start over."""
+    return partial(chunk_attention, chunk_size=chunk_size, summary="first", implementation="fused")
 
 
 @lru_cache(maxsize=4)

@@ -169,9 +169,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tens
 
 
 @torch.library.custom_op("cat_bench::chunk_attention", mutates_args=())
-def fused(
-    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int
-) -> tuple[Tensor, Tensor]:
+def fused(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
     """o (b, h, t, e), its memory as (b, t, h, e); log2 of the sums of exponentials (b, h, t)."""
     from cat_bench.chunk_kernels import forward
 

@@ -13,3 +13,9 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n       {self.hint}" if self.hint else self.message
+
+
+def require_cuda(what: str, device_type: str) -> None:
+    """Raises UserError unless `device_type` is "cuda"."""
+    if device_type != "cuda":
+        raise UserError(f"{what} needs a CUDA GPU, got {device_type}.", "Use --forward-path eager.")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, Rope, attention, rotate
+from cat_bench.short_attention import MAX_SHORT
 
 
 class Rows(NamedTuple):
@@ -90,7 +91,7 @@ def fast_block(block: Block, x: Tensor, rope: Rope, attend: Attend | None = None
 
     rows = x.flatten(0, 1)
     qkv = F.linear(rms_norm(rows, block.attn_norm), block.qkv.weight).view(*x.shape[:2], -1)
-    if attend is None and block.q_norm is None and x.shape[1] <= kernels.SHORT:
+    if attend is None and block.q_norm is None and x.shape[1] <= MAX_SHORT:
         o = kernels.short_attention(qkv, block.num_heads, rope)
     elif block.q_norm is None and rope[0].dim() == 2:
         kernels.rotate_(qkv, block.num_heads + block.num_kv_heads, rope)
@@ -125,12 +126,6 @@ def conv_step_reference(
     out = torch.einsum("bwm,mw->bm", inputs, weight)
     out = out if bias is None else out + bias
     return F.silu(out) if silu else out
-
-
-def short_attention_reference(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
-    """Every row sees all rows. qkv (b, t, 3 h e), rope tables (t, e/2) -> (b, t, h e)."""
-    q, k, v = qkv.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2).split(num_heads, dim=1)
-    return attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)
 
 
 def packed_gate_up(block: Block) -> Tensor:

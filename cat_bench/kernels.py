@@ -17,7 +17,6 @@ from cat_bench.graph import Rows
 BLOCK = 32  # cache rows a tile; these four were the best or within 2 % of it on an H200
 WARPS = 1
 STAGES = 2
-SHORT = 128  # rows that short_attention holds in registers
 PROGRAMS_WANTED = 2048  # about 16 per multiprocessor of an H100 or H200; below it, split the rows
 
 
@@ -159,9 +158,9 @@ def _combine_kernel(partial_ptr, out_ptr, SPLITS: tl.constexpr, E: tl.constexpr)
 def short_attention(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
     """Every row of a short sequence sees all its rows: rotate and attend in one launch.
 
-    Reference: graph.short_attention_reference. qkv (b, t, 3 h e), contiguous, not yet rotated, t up
-    to SHORT; rope tables (t, e/2) fp32. Returns (b, t, h e). One program a head: all its rows lie
-    in registers, padded to a power of two.
+    Reference: short_attention.short_attention_reference. qkv (b, t, 3 h e), contiguous, not yet
+    rotated, t up to MAX_SHORT; rope tables (t, e/2) fp32. Returns (b, t, h e). One program a head:
+    all its rows lie in registers, padded to a power of two.
     """
     batch_size, num_rows, _ = qkv.shape
     out = qkv.new_empty(batch_size, num_rows, num_heads * HEAD_WIDTH)
@@ -201,6 +200,64 @@ def _short_attention_kernel(
     o = tl.dot(weight.to(v.dtype), v, input_precision="ieee") / total[:, None]
     out_at = out_ptr + here * (HEADS * E) + head * E + e
     tl.store(out_at, o.to(v.dtype), mask=inside[:, None])
+
+
+def short_attention_backward(do: Tensor, qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
+    """Gradient of `short_attention` with respect to qkv. do (b, t, h e), contiguous -> as qkv."""
+    batch_size, num_rows, _ = qkv.shape
+    grad = torch.empty_like(qkv)
+    padded = max(16, triton.next_power_of_2(num_rows))
+    _short_backward_kernel[(batch_size * num_heads,)](
+        do, qkv, *rope, grad, num_rows,
+        HEADS=num_heads, E=HEAD_WIDTH, ROWS=padded, num_warps=min(8, max(1, padded // 16)),
+    )  # fmt: skip
+    return grad
+
+
+@triton.jit
+def _short_backward_kernel(
+    do_ptr, qkv_ptr, cos_ptr, sin_ptr, grad_ptr, num_rows,
+    HEADS: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The weights are made again; nothing of the forward but its inputs is kept."""
+    head = tl.program_id(0) % HEADS
+    b = (tl.program_id(0) // HEADS).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    half = tl.arange(0, E // 2)
+    e = tl.arange(0, E)
+    inside = row < num_rows
+    seen = inside[:, None]
+    here = (b * num_rows + row)[:, None]
+    table = row[:, None] * (E // 2) + half
+    cos = tl.load(cos_ptr + table, mask=seen, other=0.0)
+    sin = tl.load(sin_ptr + table, mask=seen, other=0.0)
+    at = here * (3 * HEADS * E) + head * E
+    q1, q2 = _rotated_halves(qkv_ptr + at + half, cos, sin, inside, E)
+    k1, k2 = _rotated_halves(qkv_ptr + at + HEADS * E + half, cos, sin, inside, E)
+    v = tl.load(qkv_ptr + at + 2 * HEADS * E + e, mask=seen, other=0.0)
+    do = tl.load(do_ptr + here * (HEADS * E) + head * E + e, mask=seen, other=0.0)
+    dtype = v.dtype
+    scale = 1 / tl.sqrt(E * 1.0)
+    score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * scale
+    score = tl.where(inside[None, :], score, float("-inf"))
+    p = tl.exp(score - tl.max(score, axis=1)[:, None])
+    p = p / tl.sum(p, axis=1)[:, None]
+    dv = tl.dot(tl.trans(p.to(dtype)), do, input_precision="ieee")
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    ds = p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale
+    ds = ds.to(dtype)
+    dq1 = tl.dot(ds, k1, input_precision="ieee")
+    dq2 = tl.dot(ds, k2, input_precision="ieee")
+    ds = tl.trans(ds)
+    dk1 = tl.dot(ds, q1, input_precision="ieee")
+    dk2 = tl.dot(ds, q2, input_precision="ieee")
+    first = grad_ptr + at + half
+    tl.store(first, (dq1 * cos + dq2 * sin).to(dtype), mask=seen)
+    tl.store(first + E // 2, (dq2 * cos - dq1 * sin).to(dtype), mask=seen)
+    tl.store(first + HEADS * E, (dk1 * cos + dk2 * sin).to(dtype), mask=seen)
+    tl.store(first + HEADS * E + E // 2, (dk2 * cos - dk1 * sin).to(dtype), mask=seen)
+    tl.store(grad_ptr + at + 2 * HEADS * E + e, dv.to(dtype), mask=seen)
 
 
 @triton.jit

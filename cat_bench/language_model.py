@@ -17,7 +17,25 @@ from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_tabl
 from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, plain_block, rms_norm
 
 
-class LanguageModel(nn.Module):
+class ForwardPath(nn.Module):
+    """Runs blocks as they are on the forward path "eager", else compiled, one block at a time."""
+
+    forward_path: str
+
+    def on_forward_path(self, run: Callable) -> Callable:
+        """`run`, a block or a function of one, or what torch.compile makes of it.
+
+        Blocks of one shape share one compilation, so depth costs no compile time.
+        """
+        if self.forward_path == "eager":
+            return run
+        compiled = self.__dict__.setdefault("_compiled", {})
+        if run not in compiled:
+            compiled[run] = torch.compile(run, dynamic=False)
+        return compiled[run]
+
+
+class LanguageModel(ForwardPath):
     decode_paths: tuple[str, ...] = ("eager",)
     forward_paths: tuple[str, ...] = ("eager",)
     max_len: int | None = None  # RoPE and recurrences know no limit
@@ -27,7 +45,6 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         self.config, self.decode_path, self.forward_path = config, decode_path, forward_path
-        self._compiled: dict[nn.Module, Callable] = {}
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -47,14 +64,6 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tokens) -> Logits:
         return self.head(self.hidden(tokens))
-
-    def on_forward_path(self, block: nn.Module) -> Callable:
-        """`block` itself on the eager path, else compiled: equal blocks share one compilation."""
-        if self.forward_path == "eager":
-            return block
-        if block not in self._compiled:
-            self._compiled[block] = torch.compile(block, dynamic=False)
-        return self._compiled[block]
 
     def step_kind(self, num_tokens: int) -> str:
         return "step"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cat_bench.blocks import Attend, attention, causal_attention
-from cat_bench.errors import UserError
+from cat_bench.errors import require_cuda
 from cat_bench.graph import Rows
 
 MIN_QUERIES = 256  # queries in one attention call at least, so that small windows fill the device
@@ -56,11 +56,7 @@ def flex_window_attention(num_tokens: int, window: int, device: torch.device) ->
     torch.compile start over. Raises UserError on a CPU: there torch 2.13 compiles it into code that
     is wrong by O(1) as soon as rotated queries and keys are fused into it.
     """
-    if device.type == "cpu":
-        raise UserError(
-            "the forward path 'compile' of window attention needs a CUDA GPU.",
-            "Use --forward-path eager.",
-        )
+    require_cuda("the forward path 'compile' of window attention", device.type)
     blocks = create_block_mask(
         lambda b, h, query, key: (query >= key) & (query - key < window),
         None, None, num_tokens, num_tokens, device=device,
