@@ -20,24 +20,27 @@ s cache rows, u channels of the convolution (2 d), i its kernel, c chunk, v word
 Try it: cat-bench run efficiency -a based --quick
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
+from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import (
     HEAD_WIDTH,
+    Attend,
     Rope,
-    attention,
     check_width,
     rope_table,
     rotate,
     swiglu_width,
 )
+from cat_bench.graph import CapturedStep, Rows, packed_gate_up, rms_norm, taylor_features
+from cat_bench.language_model import LanguageModel
+from cat_bench.window import ring_attention, ring_rows, window_attention
 
 # At WikiText-103 scale (cat_spec.md 1.7): 2 + 2 + 2 layers, the plain one there is pattern=cclcsc.
 PRESETS = {
@@ -64,29 +67,32 @@ class Config:
 
     def __post_init__(self) -> None:
         check_width(self.width)
-        if not self.pattern or set(self.pattern) - set(MIXERS):
-            raise ValueError(
-                f"pattern must be letters of c (convolution), l (linear) and s (sliding window), "
-                f"one per layer, got '{self.pattern}'."
-            )
-        if self.num_heads < 1 or self.width % self.num_heads:
-            raise ValueError(
-                f"num_heads must divide the width of {self.width}, got {self.num_heads}."
-            )
-        if self.window_cache not in ("window", "max_len"):
-            raise ValueError(
-                f"window_cache must be 'window' or 'max_len', got '{self.window_cache}'."
-            )
-        if self.expand_proj < 2 or self.expand_proj % 2:
-            raise ValueError(f"expand_proj must be even and positive, got {self.expand_proj}.")
-        for name, least in {
-            "feature_dim": 1,
-            "window": 1,
-            "conv_kernel": 1,
-            "vocab_size": 2,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        whole = {"feature_dim": 1, "window": 1, "conv_kernel": 1, "vocab_size": 2}
+        for name, fits, rule in (
+            (
+                "pattern",
+                self.pattern and set(self.pattern) <= set(LAYERS),
+                "be letters of c (convolution), l (linear) and s (sliding window), one per layer",
+            ),
+            (
+                "num_heads",
+                self.num_heads > 0 and self.width % self.num_heads == 0,
+                f"divide the width of {self.width}",
+            ),
+            (
+                "window_cache",
+                self.window_cache in ("window", "max_len"),
+                "be 'window' or 'max_len'",
+            ),
+            (
+                "expand_proj",
+                self.expand_proj > 0 and self.expand_proj % 2 == 0,
+                "be even and positive",
+            ),
+            *((key, getattr(self, key) >= n, f"be at least {n}") for key, n in whole.items()),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}.")
 
     @property
     def label(self) -> str:
@@ -109,121 +115,140 @@ class Config:
 class State(NamedTuple):
     """First axis: the layers of that kind. Buffers are filled in place."""
 
-    sums: Tensor  # (l, b, h, e + 1, p), float32 at least; the last of e + 1 rows: the normaliser
-    keys: Tensor  # (l, b, h, s, 64), rotated; token n lies in row n mod s
+    sums: Tensor  # (l, b, h, p, e), float32 at least
+    norms: Tensor  # (l, b, h, p), as sums
+    keys: Tensor  # (l, b, h, s, 64), rotated; token n lies in row n mod window
     values: Tensor  # (l, b, h, s, 64)
     conv: Tensor  # (l, b, i, u): what the convolution read last, the present token included
     num_tokens: int  # read so far
     max_len: int
+    captured: CapturedStep | None  # decode path cuda_graph: the step, tied to these buffers
 
 
-class Span(NamedTuple):
-    """Where the tokens of one call lie: what all its window layers share."""
+class Call(NamedTuple):
+    """What all layers of one call share; the last two serve calls without a state."""
 
     rope: Rope
-    mask: Tensor | None  # (t, rows seen): old rows, then the new ones; None: all are visible
-    old: Tensor  # rows of the cache to look at, in the order of their tokens
-    new: Tensor  # rows of the cache to write: the last tokens of the call, as many as fit
+    start: int  # number of the first token
+    attend: Attend
+    taylor: Callable[[Tensor, Tensor, Tensor], Tensor]  # as upstream_taylor_attention
 
 
-class Model(nn.Module):
-    decode_paths = ("eager",)
-    max_len = None  # neither RoPE nor a recurrence knows a limit
+class Model(LanguageModel):
+    decode_paths = ("eager", "cuda_graph")
+    forward_paths = ("eager", "upstream")
 
-    def __init__(self, config: Config, decode_path: str = "eager"):
-        super().__init__()
-        self.config, self.decode_path = config, decode_path
-        c = config
-        self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.layers = nn.ModuleList(Layer(c, kind) for kind in c.pattern)
-        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding
-        self.init_weights()
+    def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
+        if forward_path == "upstream" and config.feature_dim > 128:
+            raise ValueError(
+                f"feature_dim must be at most 128 on the forward path 'upstream', "
+                f"got {config.feature_dim}; use the forward path 'eager'."
+            )
+        layers = [LAYERS[kind](config) for kind in config.pattern]
+        super().__init__(config, layers, decode_path, forward_path)
 
-    def init_weights(self) -> None:
-        """Normal, std sqrt(2 / 5d); the projections back into the residual 1 / (sqrt(d) L).
-
-        Convolutions keep torch's default, uniform in +-1 / sqrt(kernel).
-        """
-        width, num_layers = self.config.width, self.config.num_layers
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                into_residual = name.endswith((".out", ".w2"))
-                std = 1 / (width**0.5 * num_layers) if into_residual else (2 / (5 * width)) ** 0.5
-                nn.init.normal_(module.weight, std=std)
-
-    def forward(self, tokens: Tokens) -> Logits:
-        return self.head(self.norm(self._layers(tokens, None)))  # (b, t, v)
+    def hidden(self, tokens: Tokens) -> Tensor:
+        call, x = self._call(0, tokens), self.embed(tokens)  # (b, t, d)
+        for layer in self.blocks:
+            x = self.on_forward_path(layer)(x, call)
+        return self.norm(x)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         c, like = self.config, self.head.weight
         count, rows = c.pattern.count, self._window_rows(max_len)
-        sums = (count("l"), batch_size, c.num_heads, c.width // c.num_heads + 1, c.num_features)
+        sums = (count("l"), batch_size, c.num_heads, c.num_features, c.width // c.num_heads)
         window = (count("s"), batch_size, c.width // HEAD_WIDTH, rows, HEAD_WIDTH)
-        return State(
+        buffers = State(
             like.new_zeros(sums, dtype=sum_dtype(like.dtype)),
+            like.new_zeros(sums[:-1], dtype=sum_dtype(like.dtype)),
             like.new_zeros(window),
             like.new_zeros(window),
             like.new_zeros(count("c"), batch_size, c.conv_kernel, c.conv_width),
             num_tokens=0,
             max_len=max_len,
+            captured=None,
         )
+        if self.decode_path == "eager":
+            return buffers
+        return self.reset(buffers._replace(captured=self._capture(buffers)))
 
     def reset(self, state: State) -> State:
-        state.sums.zero_()
-        state.conv.zero_()  # the zeros before the first token; window rows are hidden by the count
+        """Sums and the inputs before the first token are zeros; the count hides window rows."""
+        for buffer in (state.sums, state.norms, state.conv):
+            buffer.zero_()
         return state._replace(num_tokens=0)
 
     def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
         """Read `tokens` into the state; return the logits of the token after the last one."""
-        end = state.num_tokens + tokens.shape[1]
-        if end > state.max_len:
-            raise ValueError(f"the state holds {state.max_len} tokens; token {end} was given.")
-        x = self._layers(tokens, state)
+        end = self._check_room(state, tokens.shape[1])
+        call, x = self._call(state.num_tokens, tokens), self.embed(tokens)
+        for layer, cache in zip(self.blocks, self._caches(state), strict=True):
+            x = layer(x, call, cache)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        return self.prefill(token[:, None], state)
+        if state.captured is None:
+            return self.prefill(token[:, None], state)
+        end = self._check_room(state, 1)
+        return state.captured(token, state.num_tokens), state._replace(num_tokens=end)
 
-    def _layers(self, tokens: Tokens, state: State | None) -> Tensor:
-        """The residual stream (b, t, d) after the last layer; reads and updates a state."""
-        c, caches = self.config, {kind: repeat(None) for kind in MIXERS}
-        start, rows = 0, tokens.shape[1]
-        if state is not None:
-            start, rows = state.num_tokens, self._window_rows(state.max_len)
-            window = zip(state.keys, state.values, strict=True)
-            caches = {"l": iter(state.sums), "s": window, "c": iter(state.conv)}
-        here = span(start, tokens.shape[1], c.window, rows, c.rope_base, tokens.device)
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x, here, next(caches[layer.kind]))
-        return x
+    def _capture(self, buffers: State) -> CapturedStep:
+        """The step as a graph; its warm-up leaves traces in the recurrent buffers."""
+        c, device, caches = self.config, self.head.weight.device, self._caches(buffers)
+        rope = rope_table(torch.arange(buffers.max_len, device=device), c.rope_base)
+        num_slots = min(c.window, buffers.max_len)
+
+        def run(token: Tensor, position: Tensor) -> Tensor:
+            rows, x = ring_rows(position, num_slots), self.embed(token)
+            for layer, cache in zip(self.blocks, caches, strict=True):
+                x = layer.step(x, rows, rope, cache)
+            return self.head(rms_norm(x, self.norm))
+
+        return CapturedStep(run, buffers.conv.shape[1], device, end=buffers.max_len)
+
+    def _call(self, start: int, tokens: Tokens) -> Call:
+        window, (num_new, device) = self.config.window, (tokens.shape[1], tokens.device)
+        rope = rope_table(
+            torch.arange(start, start + num_new, device=device), self.config.rope_base
+        )
+        if self.forward_path == "upstream":
+            attend = flex_window_attention(num_new, window, device)
+            return Call(rope, start, attend, upstream_taylor_attention)
+        return Call(
+            rope,
+            start,
+            lambda q, k, v: window_attention(q, k, v, window),
+            lambda q, k, v: taylor_attention(q, k, v)[0],
+        )
+
+    def _caches(self, state: State) -> list[Any]:
+        """Each layer's views of the state; of the rows only the ring that window layers use."""
+        ring = slice(min(self.config.window, state.max_len))
+        of_kind = {
+            "c": iter(state.conv),
+            "l": zip(state.sums, state.norms, strict=True),
+            "s": zip(state.keys[:, :, :, ring], state.values[:, :, :, ring], strict=True),
+        }
+        return [next(of_kind[kind]) for kind in self.config.pattern]
+
+    def _check_room(self, state: State, num_new: int) -> int:
+        end = state.num_tokens + num_new
+        if end > state.max_len:
+            raise ValueError(f"the state holds {state.max_len} tokens; token {end} was given.")
+        return end
 
     def _window_rows(self, max_len: int) -> int:
         c = self.config
         return max_len if c.window_cache == "max_len" else min(c.window, max_len)
 
-    def step_kind(self, num_tokens: int) -> str:
-        return "step"
-
-    @property
-    def num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    @property
-    def num_params_non_embedding(self) -> int:
-        return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
-
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
-        """Sums (4 bytes per element, 8 in float64) + key and value rows + convolution inputs."""
+        """Sums (4 bytes per element, 8 in float64) + key and value rows + convolution inputs.
+
+        The table of evaluation_spec.md 4.4 counts the sums with 2 bytes and no convolutions: half
+        of the sums and all of `conv` less than this, in bfloat16.
+        """
         rows = self._window_rows(seq_len)
         return batch_size * (self._recurrent_bytes() + self._window_bytes(rows))
-
-    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
-        """All of it. The table of evaluation_spec.md 4.4 counts the sums with 2 bytes and leaves
-        the convolutions out: half of `sums` and all of `conv` less than this, in bfloat16.
-        """
-        return self.state_bytes(batch_size, seq_len)
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix and convolution once, 2 FLOP per weight.
@@ -261,137 +286,173 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    """x += mixer(norm(x)), then x += swiglu(norm(x))."""
+    """x += out(mixer(inner(norm(x)))), then x += swiglu(norm(x)): a subclass is a mixer.
 
-    def __init__(self, config: Config, kind: str):
+    `forward` reads any number of tokens, `step` is one token on the Triton kernels, in place. Each
+    mixer has its own `forward`, so that torch.compile counts their recompilations apart.
+    """
+
+    def __init__(self, config: Config, inner: int, outer: int):
         super().__init__()
-        width, hidden, self.kind = config.width, swiglu_width(config.width), kind
+        width, hidden = config.width, swiglu_width(config.width)
         self.mixer_norm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.mixer = MIXERS[kind](config)
+        self.inner = nn.Linear(width, inner, bias=False)
+        self.out = nn.Linear(outer, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=config.norm_eps)
         self.w1 = nn.Linear(width, hidden, bias=False)  # gate
         self.w3 = nn.Linear(width, hidden, bias=False)  # up
         self.w2 = nn.Linear(hidden, width, bias=False)  # down
 
-    def forward(self, x: Tensor, here: Span, cache) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), here, cache)
+    def init_weights(self, num_layers: int) -> None:
+        """Normal, std sqrt(2 / 5d); the projections back into the residual 1 / (sqrt(d) L)."""
+        width = self.inner.in_features
+        for linear in (self.inner, self.w1, self.w3):
+            nn.init.normal_(linear.weight, std=(2 / (5 * width)) ** 0.5)
+        for linear in (self.out, self.w2):
+            nn.init.normal_(linear.weight, std=1 / (width**0.5 * num_layers))
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self.inner(self.mixer_norm(x))
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.out(y)
         h = self.mlp_norm(x)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
+    def enter_step(self, x: Tensor) -> Tensor:
+        return F.linear(rms_norm(x, self.mixer_norm), self.inner.weight)
 
-class LinearAttention(nn.Module):
+    def leave_step(self, x: Tensor, y: Tensor) -> Tensor:
+        from cat_bench import kernels
+
+        x.addmm_(y, self.out.weight.T)  # in place: the residual rides in the matmul's epilogue
+        gate_up = F.linear(rms_norm(x, self.mlp_norm), packed_gate_up(self))
+        return x.addmm_(kernels.swiglu(gate_up), self.w2.weight.T)
+
+
+class LinearLayer(Layer):
     def __init__(self, config: Config):
-        super().__init__()
         c = config
-        self.num_heads, self.feature_dim = c.num_heads, c.feature_dim
-        self.q = nn.Linear(c.width, c.num_heads * c.feature_dim, bias=False)
-        self.k = nn.Linear(c.width, c.num_heads * c.feature_dim, bias=False)
-        self.v = nn.Linear(c.width, c.width, bias=False)
-        self.out = nn.Linear(c.width, c.width, bias=False)
+        features = c.num_heads * c.feature_dim
+        super().__init__(c, 2 * features + c.width, c.width)
+        self.num_heads, self.parts = c.num_heads, [features, features, c.width]
 
-    def forward(self, x: Tensor, here: Span, sums: Tensor | None) -> Tensor:
-        dtype = sum_dtype(x.dtype)
+    def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         q, k, v = (  # (b, h, t, f) twice, (b, h, t, e)
-            linear(x).to(dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for linear in (self.q, self.k, self.v)
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.enter(x).split(self.parts, dim=-1)
         )
-        y, after = taylor_attention(q, k, v, sums)
-        if sums is not None:
-            sums.copy_(after)
-        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
-
-
-class SlidingAttention(nn.Module):
-    def __init__(self, config: Config):
-        super().__init__()
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-
-    def forward(self, x: Tensor, here: Span, cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (b, 3h, t, 64)
-        q, k, v = heads.chunk(3, dim=1)
-        q, k = rotate(q, here.rope), rotate(k, here.rope)
-        if cache is not None:
-            k, v = (look_back(rows, new, here) for rows, new in zip(cache, (k, v), strict=True))
-        return self.out(attention(q, k, v, here.mask).transpose(1, 2).flatten(2))
-
-
-class BaseConv(nn.Module):
-    def __init__(self, config: Config):
-        super().__init__()
-        c = config
-        self.kernel = c.conv_kernel
-        self.inner = nn.Linear(c.width, 2 * c.conv_width, bias=False)
-        self.conv = nn.Conv1d(
-            c.conv_width, c.conv_width, c.conv_kernel, groups=c.conv_width, bias=False
-        )
-        self.out = nn.Linear(c.conv_width, c.width, bias=False)
-
-    def forward(self, x: Tensor, here: Span, last: Tensor | None) -> Tensor:
-        u, gate = self.inner(x).chunk(2, dim=-1)  # (b, t, u)
-        if last is None:
-            u = F.pad(u, (0, 0, self.kernel - 1, 0))  # zeros before the first token
+        if cache is None:
+            y = call.taylor(q, k, v)
         else:
-            u = torch.cat([last[:, 1:], u], dim=1)  # (b, i - 1 + t, u)
-            last.copy_(u[:, -self.kernel :])
-        return self.out(self.conv(u.mT).mT * gate)
+            y, *after = taylor_attention(q, k, v, *cache)
+            for old, new in zip(cache, after, strict=True):
+                old.copy_(new)
+        return self.leave(x, y.transpose(1, 2).flatten(2))
+
+    def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
+        from cat_bench import kernels
+
+        q, k, v = self.enter_step(x).split(self.parts, dim=-1)
+        return self.leave_step(x, kernels.taylor_step(q, k, v, *cache))
 
 
-MIXERS = {"c": BaseConv, "l": LinearAttention, "s": SlidingAttention}
+class WindowLayer(Layer):
+    def __init__(self, config: Config):
+        super().__init__(config, 3 * config.width, config.width)
+        self.window = config.window
+
+    def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        heads = self.enter(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (b, 3h, t, 64)
+        q, k, v = heads.chunk(3, dim=1)
+        q, k = rotate(q, call.rope), rotate(k, call.rope)
+        if cache is None:
+            o = call.attend(q, k, v)
+        else:
+            o = ring_attention(q, k, v, *cache, call.start, self.window)
+        return self.leave(x, o.transpose(1, 2).flatten(2))
+
+    def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
+        from cat_bench import kernels
+
+        q, k, v = self.enter_step(x).chunk(3, dim=-1)
+        return self.leave_step(x, kernels.decode_attention(q, k, v, *cache, rows, rope))
 
 
-# --- the mixers' arithmetic ----------------------------------------------------------------------
+class ConvLayer(Layer):
+    def __init__(self, config: Config):
+        super().__init__(config, 2 * config.conv_width, config.conv_width)
+        self.taps = nn.Parameter(torch.empty(config.conv_width, config.conv_kernel))  # newest last
+
+    def init_weights(self, num_layers: int) -> None:
+        super().init_weights(num_layers)
+        bound = self.taps.shape[1] ** -0.5  # torch's default for a convolution
+        nn.init.uniform_(self.taps, -bound, bound)
+
+    def forward(self, x: Tensor, call: Call, cache: Tensor | None = None) -> Tensor:
+        u, gate = self.enter(x).chunk(2, dim=-1)  # (b, t, u)
+        num_new, kernel = u.shape[1], self.taps.shape[1]
+        if cache is None:
+            u = F.pad(u, (0, 0, kernel - 1, 0))  # zeros before the first token
+        else:
+            u = torch.cat([cache[:, 1:], u], dim=1)  # (b, i - 1 + t, u)
+            cache.copy_(u[:, -kernel:])
+        y = u[:, :num_new] * self.taps[:, 0]
+        for i in range(1, kernel):
+            y = torch.addcmul(y, u[:, i : i + num_new], self.taps[:, i])
+        return self.leave(x, y * gate)
+
+    def step(self, x: Tensor, rows: Rows, rope: Rope, cache: Tensor) -> Tensor:
+        from cat_bench import kernels
+
+        u, gate = self.enter_step(x).chunk(2, dim=-1)
+        return self.leave_step(x, kernels.conv_step(u, cache, self.taps).mul_(gate))
+
+
+LAYERS = {"c": ConvLayer, "l": LinearLayer, "s": WindowLayer}
+
+
+# --- linear attention ----------------------------------------------------------------------------
 
 
 def taylor_attention(
-    q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """q, k (b, h, t, f), v (b, h, t, e), sums over all tokens before -> y (b, h, t, e), new sums.
+    q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None, norms: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (b, h, t, f), v (b, h, t, e), state before -> y (b, h, t, e), state after.
 
-    Inside a chunk the weights themselves, 1 + s + s^2/2; across chunks their factors phi.
+    Inside a chunk the weights themselves, 1 + s + s^2/2; across chunks their factors phi. Computed
+    in the dtype of the sums, whatever autocast says.
     """
-    q, k = (x * x.shape[-1] ** -0.25 for x in (q, k))  # so that q.k is s
-    v = F.pad(v, (0, 1), value=1.0)  # a column of ones: its weighted sum is the normaliser
-    parts = []
-    for qc, kc, vc in zip(*(x.split(CHUNK, dim=2) for x in (q, k, v)), strict=True):
-        s = qc @ kc.mT  # (b, h, c, c)
-        y = (1 + s + s * s / 2).tril() @ vc  # (b, h, c, e + 1)
-        if sums is not None:
-            y = y + features(qc) @ sums.mT
-        parts.append(y)
-        added = vc.mT @ features(kc)  # (b, h, e + 1, p)
-        sums = added if sums is None else sums + added
-    y = torch.cat(parts, dim=2)
-    return y[..., :-1] / y[..., -1:], sums
+    dtype, parts = sum_dtype(v.dtype), []
+    with torch.autocast(q.device.type, enabled=False):
+        scale = q.shape[-1] ** -0.25  # a quarter power a side, so that q.k is s
+        chunks = (x.to(dtype).split(CHUNK, dim=2) for x in (q, k, v))
+        for qc, kc, vc in zip(*chunks, strict=True):
+            s = (qc * scale) @ (kc * scale).mT  # (b, h, c, c)
+            weights = (1 + s + s * s / 2).tril()
+            total, norm = weights @ vc, weights.sum(-1)  # (b, h, c, e), (b, h, c)
+            if sums is not None:
+                phi = taylor_features(qc)  # (b, h, c, p)
+                total, norm = total + phi @ sums, norm + (phi @ norms[..., None])[..., 0]
+            parts.append(total / norm[..., None])
+            phi = taylor_features(kc)
+            sums = phi.mT @ vc if sums is None else sums + phi.mT @ vc  # (b, h, p, e)
+            norms = phi.sum(-2) if norms is None else norms + phi.sum(-2)  # (b, h, p)
+    return torch.cat(parts, dim=2).to(v.dtype), sums, norms
 
 
-def features(x: Tensor) -> Tensor:
-    """phi(x) = (1, x, x (x) x / sqrt 2), so phi(q).phi(k) = 1 + q.k + (q.k)^2 / 2. f -> p wide."""
-    squares = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
-    return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)
+@torch.compiler.disable  # its own Triton kernels; torch.compile takes what is around them
+def upstream_taylor_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same without a state by flash-linear-attention: q, k (b, h, t, f), v (b, h, t, e) -> y.
 
-
-def span(
-    start: int, num_new: int, window: int, rows: int, rope_base: float, device: torch.device
-) -> Span:
-    """Tokens start .. start + num_new - 1, in a cache of `rows` rows where token n has n mod rows.
-
-    The new tokens are attended to from the call itself, so a row is read before it is overwritten.
+    Of its two kernels the quadratic one, which fills a device at any length, while the chunked one
+    walks through the sequence. Upstream adds 1e-6 to the normaliser, which is 1/2 or more: at most
+    2e-6 of a value.
     """
-    end, first = start + num_new, max(0, start - window + 1)
-    seen = torch.arange(first, end, device=device)
-    new = seen[start - first :]
-    distance = new[:, None] - seen  # (t, rows seen)
-    mask = (distance >= 0) & (distance < window) if num_new > 1 else None
-    rope = rope_table(new, rope_base)
-    return Span(rope, mask, seen[: start - first] % rows, new[-rows:] % rows)
+    from fla.ops.based import parallel_based
 
-
-def look_back(rows: Tensor, new: Tensor, here: Span) -> Tensor:
-    """The old rows of the window, then the new ones, which are written: (b, h, old + t, 64)."""
-    seen = torch.cat([rows[:, :, here.old], new], dim=2)
-    rows[:, :, here.new] = new[:, :, -len(here.new) :]
-    return seen
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return parallel_based(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

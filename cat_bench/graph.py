@@ -193,3 +193,29 @@ class CapturedStep:
             self.row.copy_(row)
         self.graph.replay()
         return self.logits
+
+
+# --- BASED: Taylor linear attention --------------------------------------------------------------
+
+
+def taylor_step_reference(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> Tensor:
+    """One token: S += phi(k) v^T, z += phi(k), y = phi(q) S / phi(q) z. Computed as the sums are.
+
+    q, k (b, h f), v (b, h e); sums (b, h, p, e) and norms (b, h, p) changed in place -> (b, h e) as
+    v. p = 1 + f + f^2.
+    """
+    q, k, value = (x.unflatten(-1, (sums.shape[1], -1)).to(sums.dtype) for x in (q, k, v))
+    phi_q, phi_k = taylor_features(q), taylor_features(k)  # (b, h, p)
+    sums += phi_k[..., :, None] * value[..., None, :]
+    norms += phi_k
+    y = (phi_q[..., None, :] @ sums)[..., 0, :] / (phi_q * norms).sum(-1, keepdim=True)
+    return y.flatten(-2).to(v.dtype)
+
+
+def taylor_features(x: Tensor) -> Tensor:
+    """phi(x) = (1, x, x (x) x / sqrt 2) of x / f^(1/4): phi(q).phi(k) = 1 + s + s^2 / 2 for
+    s = q.k / sqrt(f). (..., f) -> (..., 1 + f + f^2).
+    """
+    x = x * x.shape[-1] ** -0.25
+    squares = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
+    return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)

@@ -385,3 +385,78 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     up = tl.load(gate_up_ptr + (2 * row + 1) * width + column, mask=inside, other=0.0)
     out = gate * tl.sigmoid(gate) * up.to(tl.float32)
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# --- BASED: Taylor linear attention --------------------------------------------------------------
+
+TAYLOR_STAGES = 3  # tiles under way at once
+
+
+def taylor_step(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> Tensor:
+    """One token of BASED's linear attention: each sum is read once and written once, one launch.
+
+    Reference: graph.taylor_step_reference. q, k (b, h f), v (b, h e), last dimension contiguous;
+    sums (b, h, p, e), norms (b, h, p), float32, contiguous, changed in place. Returns (b, h e) in
+    v's dtype.
+    """
+    batch_size, num_heads, _, width = sums.shape
+    feature_dim = q.shape[1] // num_heads
+    f_pad, e_pad = triton.next_power_of_2(feature_dim), triton.next_power_of_2(width)
+    out = torch.empty(batch_size, num_heads * width, dtype=v.dtype, device=v.device)
+    _taylor_step_kernel[(batch_size * num_heads,)](
+        q, k, v, sums, norms, out, q.stride(0), k.stride(0), v.stride(0), feature_dim**-0.25,
+        HEADS=num_heads, F=feature_dim, E=width, F_PAD=f_pad, E_PAD=e_pad, STAGES=TAYLOR_STAGES,
+        num_warps=max(1, min(16, f_pad * e_pad // 1024)),  # 32 sums a thread: 8 loads of 16 bytes
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _taylor_step_kernel(
+    q_ptr, k_ptr, v_ptr, sums_ptr, norms_ptr, out_ptr, q_stride, k_stride, v_stride, scale,
+    HEADS: tl.constexpr, F: tl.constexpr, E: tl.constexpr, F_PAD: tl.constexpr,
+    E_PAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence.
+
+    Feature 0 is 1, the others are f + 1 tiles of f: tile 0 is x, tile i is x_i x / sqrt 2 with i
+    from 1. So phi is never formed: a tile takes k v^T times one number, and gives to `read` itself
+    times one number; q joins at the end.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    b, head = program // HEADS, program % HEADS
+    q_ptr += b * q_stride + head * F
+    k_ptr += b * k_stride + head * F
+    sums_ptr += program * ((1 + F + F * F) * E)
+    norms_ptr += program * (1 + F + F * F)
+    j, e = tl.arange(0, F_PAD), tl.arange(0, E_PAD)
+    in_f, in_e = j < F, e < E
+    inside = in_f[:, None] & in_e
+    q = tl.load(q_ptr + j, mask=in_f, other=0.0).to(tl.float32) * scale
+    k = tl.load(k_ptr + j, mask=in_f, other=0.0).to(tl.float32) * scale
+    v = tl.load(v_ptr + b * v_stride + head * E + e, mask=in_e, other=0.0).to(tl.float32)
+
+    top = tl.load(sums_ptr + e, mask=in_e, other=0.0) + v
+    bottom = tl.load(norms_ptr) + 1.0
+    tl.store(sums_ptr + e, top, mask=in_e)
+    tl.store(norms_ptr, bottom)
+    outer = k[:, None] * v
+    read = tl.zeros([F_PAD, E_PAD], tl.float32)
+    read_norm = tl.zeros([F_PAD], tl.float32)
+    for i in tl.range(0, F + 1, num_stages=STAGES):
+        before = tl.maximum(i - 1, 0)
+        q_i = tl.load(q_ptr + before).to(tl.float32) * (scale * 0.7071067811865476)
+        k_i = tl.load(k_ptr + before).to(tl.float32) * (scale * 0.7071067811865476)
+        q_i = tl.where(i == 0, 1.0, q_i)
+        k_i = tl.where(i == 0, 1.0, k_i)
+        row = 1 + i * F + j
+        tile = tl.load(sums_ptr + row[:, None] * E + e, mask=inside, other=0.0) + k_i * outer
+        norm = tl.load(norms_ptr + row, mask=in_f, other=0.0) + k_i * k
+        tl.store(sums_ptr + row[:, None] * E + e, tile, mask=inside)
+        tl.store(norms_ptr + row, norm, mask=in_f)
+        read += q_i * tile
+        read_norm += q_i * norm
+    top += tl.sum(q[:, None] * read, axis=0)
+    bottom += tl.sum(q * read_norm)
+    out = (top / bottom).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + program * E + e, out, mask=in_e)
