@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from baselines import based
-from cat_bench import spec
+from cat_bench import graph, spec
 from cat_bench.architecture import Architecture, build, generation_flops
 from cat_bench.errors import UserError
 
@@ -80,6 +80,7 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+STATE_SHAPES = ((2, 3, 21, 5), (2, 3, 21))  # sums and norms: 3 heads, f = 4, e = 5
 LENGTHS = [1, 2, based.CHUNK - 1, based.CHUNK, based.CHUNK + 1, 2 * based.CHUNK + 3]
 
 
@@ -87,30 +88,55 @@ LENGTHS = [1, 2, based.CHUNK - 1, based.CHUNK, based.CHUNK + 1, 2 * based.CHUNK 
 def test_chunks_equal_the_recurrence_and_the_quadratic_form(num_tokens: int) -> None:
     q, k = normal(2, 3, num_tokens, 4, seed=1), normal(2, 3, num_tokens, 4, seed=2)
     v = normal(2, 3, num_tokens, 5, seed=3)
-    got, state = based.taylor_attention(q, k, v)
+    got, sums_of, norms_of = based.taylor_attention(q, k, v)
     for b, h in itertools.product(range(2), range(3)):
         rows, sums, norm = recurrence(q[b, h], k[b, h], v[b, h])
         assert_same(got[b, h], rows, "recurrence")
         assert_same(got[b, h], quadratic(q[b, h], k[b, h], v[b, h]), "quadratic form")
-        assert_same(state[b, h, :-1].mT, sums, "sums")
-        assert_same(state[b, h, -1], norm, "normaliser")
+        assert_same(sums_of[b, h], sums, "sums")
+        assert_same(norms_of[b, h], norm, "normaliser")
 
 
 @pytest.mark.parametrize("cut", [1, 5, based.CHUNK, based.CHUNK + 1])
 def test_the_sums_carry_all_that_came_before(cut: int) -> None:
     q, k, v = (normal(1, 2, based.CHUNK + 9, 4, seed=seed) for seed in (1, 2, 3))
-    whole, last = based.taylor_attention(q, k, v)
-    _, sums = based.taylor_attention(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut])
-    rest, sums = based.taylor_attention(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], sums)
+    whole, *last = based.taylor_attention(q, k, v)
+    _, *state = based.taylor_attention(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut])
+    rest, *state = based.taylor_attention(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], *state)
     assert_same(rest, whole[:, :, cut:])
-    assert_same(sums, last)
+    for got, expected in zip(state, last, strict=True):
+        assert_same(got, expected)
+
+
+def test_autocast_leaves_the_sums_in_float32() -> None:
+    q, k, v = (normal(1, 2, 9, 4, seed=seed).float() for seed in (1, 2, 3))
+    expected = based.taylor_attention(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = based.taylor_attention(q, k, v)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_kernel_s_reference_is_the_eager_step(dtype: torch.dtype) -> None:
+    """Three tokens one by one, by graph.taylor_step_reference and by the definition's code."""
+    sums, norms = (torch.zeros(shape, dtype=based.sum_dtype(dtype)) for shape in STATE_SHAPES)
+    state = (sums.clone(), norms.clone())
+    for seed in range(3):
+        q, k, v = (normal(2, 3 * n, seed=seed + n).to(dtype) for n in (4, 4, 5))
+        heads = (x.unflatten(-1, (3, 1, -1)) for x in (q, k, v))  # (b, h, 1, .)
+        expected, *state = based.taylor_attention(*heads, *state)
+        got = graph.taylor_step_reference(q, k, v, sums, norms)
+        tolerance = 4 * torch.finfo(dtype).eps
+        contract.assert_same(got, expected[:, :, 0].flatten(1), "step", tolerance)
+    for got, expected in zip((sums, norms), state, strict=True):
+        contract.assert_same(got, expected, "state", 1e-6)
 
 
 def test_features_are_the_paper_s_273_and_expand_the_exponential() -> None:
-    q, k = 0.05 * normal(16, seed=1), 0.05 * normal(16, seed=2)
-    assert based.features(q).shape == (273,)
+    q, k = 0.1 * normal(16, seed=1), 0.1 * normal(16, seed=2)
+    assert graph.taylor_features(q).shape == (273,)
     assert based.Config().num_features == 273
-    product, s = based.features(q) @ based.features(k), q @ k
+    product, s = graph.taylor_features(q) @ graph.taylor_features(k), q @ k / 4
     assert product.item() == pytest.approx(1 + s.item() + s.item() ** 2 / 2, abs=1e-15)
     assert product.item() == pytest.approx(math.exp(s), abs=abs(s.item()) ** 3)
 
@@ -118,18 +144,16 @@ def test_features_are_the_paper_s_273_and_expand_the_exponential() -> None:
 def test_weights_are_positive_so_the_normaliser_never_vanishes() -> None:
     """1 + s + s^2 / 2 >= 1/2: the worst s is -1."""
     q, k = -torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)  # f = 1: s = -1
-    _, sums = based.taylor_attention(q, k, torch.ones(1, 1, 1, 1))
-    assert (based.features(q) @ sums[..., -1, :, None]).item() == pytest.approx(0.5)
+    _, _, norms = based.taylor_attention(q, k, torch.ones(1, 1, 1, 1))
+    assert (graph.taylor_features(q) @ norms[..., None]).item() == pytest.approx(0.5)
 
 
 def test_gradients_through_chunks_and_sums() -> None:
     inputs = [normal(1, 1, 4, 2, seed=seed).requires_grad_() for seed in (1, 2, 3)]
-    sums = normal(1, 1, 3, 7, seed=4).abs().requires_grad_()
+    inputs += [normal(1, 1, 7, *e, seed=4).abs().requires_grad_() for e in ((2,), ())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(based, "CHUNK", 3)
-        assert torch.autograd.gradcheck(
-            lambda q, k, v, sums: based.taylor_attention(q, k, v, sums), (*inputs, sums)
-        )
+        assert torch.autograd.gradcheck(based.taylor_attention, inputs)
 
 
 def test_sums_of_a_bfloat16_model_are_float32_and_exact_beyond_256() -> None:
@@ -139,17 +163,40 @@ def test_sums_of_a_bfloat16_model_are_float32_and_exact_beyond_256() -> None:
     with torch.no_grad():
         for token in random_tokens(300, 1).T:
             _, state = model.step(token, state)
-    assert state.sums.dtype == torch.float32
-    assert state.sums[0, 0, :, -1, 0].tolist() == [300.0, 300.0]
+    assert state.sums.dtype == state.norms.dtype == torch.float32
+    assert state.norms[0, 0, :, 0].tolist() == [300.0, 300.0]
     assert make("l").init_state(1, 1).sums.dtype == torch.float64
+
+
+# The residual layer around each mixer
+
+
+def naive_norm(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+
+def naive_rest(layer: based.Layer, x: Tensor, mixed: Tensor) -> Tensor:
+    """What follows the mixer: projection, residual, SwiGLU."""
+    x = x + mixed @ layer.out.weight.T
+    h = naive_norm(x, layer.mlp_norm)
+    gate, up = h @ layer.w1.weight.T, h @ layer.w3.weight.T
+    return x + (gate * gate.sigmoid() * up) @ layer.w2.weight.T
+
+
+def layer_output(kind: str, x: Tensor, **settings: object) -> tuple[Tensor, based.Layer]:
+    model = make(kind, **settings)
+    call = model._call(0, torch.zeros(x.shape[:2], dtype=torch.int64))
+    with torch.no_grad():
+        return model.blocks[0](x, call), model.blocks[0]
 
 
 # Sliding window
 
 
-def naive_sliding(layer: based.SlidingAttention, x: Tensor, window: int) -> Tensor:
+def naive_sliding(layer: based.WindowLayer, x: Tensor, window: int) -> Tensor:
     """One sequence x (t, 64), one head: complex RoPE, then one softmax per query."""
-    q, k, v = (x @ weight.T for weight in layer.qkv.weight.split(64))
+    normed = naive_norm(x, layer.mixer_norm)
+    q, k, v = (normed @ weight.T for weight in layer.inner.weight.split(64))
     angle = torch.arange(len(x), dtype=torch.float32)[:, None] * 10_000.0 ** (
         -torch.arange(32, dtype=torch.float32) / 32
     )
@@ -160,14 +207,11 @@ def naive_sliding(layer: based.SlidingAttention, x: Tensor, window: int) -> Tens
         seen = [j for j in range(len(x)) if 0 <= i - j < window]
         scores = torch.stack([(q[i] * k[j].conj()).real.sum() / 8 for j in seen])
         rows.append(scores.softmax(0) @ v[seen])
-    return torch.stack(rows) @ layer.out.weight.T
+    return naive_rest(layer, x, torch.stack(rows))
 
 
-def sliding_output(window: int, x: Tensor) -> tuple[Tensor, based.SlidingAttention]:
-    layer = make("s", window=window).layers[0].mixer
-    here = based.span(0, x.shape[1], window, x.shape[1], 10_000.0, x.device)
-    with torch.no_grad():
-        return layer(x, here, None), layer
+def sliding_output(window: int, x: Tensor) -> tuple[Tensor, based.WindowLayer]:
+    return layer_output("s", x, window=window)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, SEQ_LEN - 1, SEQ_LEN, SEQ_LEN + 1])
@@ -216,16 +260,16 @@ def test_both_window_caches_give_the_same_logits(window: int) -> None:
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
 def test_convolution_is_its_definition(kernel: int) -> None:
-    layer, x = make("c", conv_kernel=kernel).layers[0].mixer, normal(1, 7, 64)
+    x = normal(1, 7, 64)
+    got, layer = layer_output("c", x, conv_kernel=kernel)
     with torch.no_grad():
-        got = layer(x, None, None)[0]
-        inner = x[0] @ layer.inner.weight.T
-        u, gate, taps = inner[:, :128], inner[:, 128:], layer.conv.weight[:, 0]
+        inner = naive_norm(x[0], layer.mixer_norm) @ layer.inner.weight.T
+        u, gate, taps = inner[:, :128], inner[:, 128:], layer.taps
         rows = []
         for t in range(7):  # the last tap weighs the present token
             y = sum(taps[:, kernel - 1 - back] * u[t - back] for back in range(min(kernel, t + 1)))
-            rows.append((y * gate[t]) @ layer.out.weight.T)
-    assert_same(got, torch.stack(rows))
+            rows.append(y * gate[t])
+        assert_same(got[0], naive_rest(layer, x[0], torch.stack(rows)))
 
 
 # Reach: how far one token is seen, by forward and by decoding
@@ -281,27 +325,28 @@ def test_more_tokens_than_the_state_holds_are_refused(window_cache: str) -> None
 def test_planted_faults_of_linear_attention_are_seen(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features, pad = based.features, based.F.pad
+    features, total = based.taylor_features, Tensor.sum
     if fault == "no half":
-        monkeypatch.setattr(based, "features", lambda x: features(x) * 2**0.5)
+        monkeypatch.setattr(based, "taylor_features", lambda x: features(x) * 2**0.5)
     elif fault == "no quarter power":
-        monkeypatch.setattr(based, "features", lambda x: features(2 * x))
+        monkeypatch.setattr(based, "taylor_features", lambda x: features(2 * x))
     elif fault == "not causal":
         monkeypatch.setattr(Tensor, "tril", lambda x: x)
     else:
-        monkeypatch.setattr(based.F, "pad", lambda x, by, value=0.0: pad(x, by, value=2 * value))
+        monkeypatch.setattr(Tensor, "sum", lambda x, *dims: 2 * total(x, *dims))
     with pytest.raises(AssertionError, match="recurrence|sums|normaliser"):
         test_chunks_equal_the_recurrence_and_the_quadratic_form(based.CHUNK + 1)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_a_ring_off_by_one_is_seen(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    span = based.span
+    ring_attention = based.ring_attention
 
-    def shifted(start: int, num_new: int, window: int, *rest: object) -> based.Span:
-        return span(start, num_new, window + shift * (start > 0), *rest)
+    def shifted(*args: object) -> Tensor:
+        *same, start, window = args
+        return ring_attention(*same, start, window + shift)
 
-    monkeypatch.setattr(based, "span", shifted)
+    monkeypatch.setattr(based, "ring_attention", shifted)
     with pytest.raises(AssertionError):
         test_rows_outside_of_the_window_are_never_read("window", (3, 9))
 
@@ -372,8 +417,12 @@ STATES = [  # (spec, MB at 1024, GB at 512 x 1024, GB at 256 x 4096): bf16 sums,
 def state_parts(text: str, batch_size: int, seq_len: int) -> tuple[int, int, int]:
     """Bytes of the sums, of the window rows and of the convolution inputs, as allocated."""
     state = planned(text).init_state(batch_size, seq_len)
-    assert state.sums.dtype == torch.float32
-    return state.sums.nbytes, state.keys.nbytes + state.values.nbytes, state.conv.nbytes
+    assert state.sums.dtype == state.norms.dtype == torch.float32
+    return (
+        state.sums.nbytes + state.norms.nbytes,
+        state.keys.nbytes + state.values.nbytes,
+        state.conv.nbytes,
+    )
 
 
 @pytest.mark.parametrize(("text", "mb", "gb_short", "gb_long"), STATES)
