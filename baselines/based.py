@@ -13,7 +13,8 @@ mixer and one SwiGLU; `pattern` names the mixers, one letter per layer:
 Positions: RoPE in the window layers alone, as in every other softmax layer of this project (so
 MQAR compares mixers); keys are cached rotated, so the ring needs no order. Linear layers and
 convolutions take none. Heads of window layers are 64 wide; `num_heads` splits the linear layers.
-State: the sums are kept in float32 at least, in a model of any dtype; the rest in its own dtype.
+State: the sums are kept in float32 at least, in a model of any dtype and under autocast; the rest
+in the model's dtype.
 
 Shapes: b batch, t tokens, d width, h heads, e head width, f feature_dim, p features (1 + f + f^2),
 s cache rows, u channels of the convolution (2 d), i its kernel, c chunk, v words.
@@ -22,6 +23,7 @@ Try it: cat-bench run efficiency -a based --quick
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,24 +31,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import (
-    HEAD_WIDTH,
-    Attend,
-    Rope,
-    check_width,
-    rope_table,
-    rotate,
-    swiglu_width,
+from cat_bench.blocks import HEAD_WIDTH, Attend, Block, Rope, check_width, rope_table
+from cat_bench.graph import (
+    CapturedStep,
+    Rows,
+    block_step,
+    finish_block,
+    normed_linear,
+    taylor_features,
 )
-from cat_bench.graph import CapturedStep, Rows, packed_gate_up, rms_norm, taylor_features
 from cat_bench.language_model import LanguageModel
-from cat_bench.window import ring_attention, ring_rows, window_attention
+from cat_bench.window import flex_window_attention, ring_attention, ring_rows, window_attention
 
 # At WikiText-103 scale (cat_spec.md 1.7): 2 + 2 + 2 layers, the plain one there is pattern=cclcsc.
 PRESETS = {
     "based-2x": {"pattern": "clscls", "width": 768, "window": 64, "vocab_size": 32_000},
 }
+REQUIRES = {"cuda_graph": "triton", "upstream": "fla"}
 TINY = {"pattern": "clsl", "feature_dim": 4, "num_heads": 2}  # for the contract test
+Taylor = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k (b, h, t, f), v (b, h, t, e) -> as v
 CHUNK = 64  # tokens whose mutual weights are formed at once; changes no result
 
 
@@ -57,7 +60,8 @@ class Config:
     feature_dim: int = 16  # f: width of a query or key before the feature map
     num_heads: int = 16  # of the linear layers
     window: int = 128  # tokens that a window layer sees
-    # "max_len": a row for every token, as official code has it (the fault in the paper's C.7).
+    # "max_len" allocates a row for every token, as official code does (the fault in the paper's
+    # C.7), though `window` of them are read: here the ring stays in the first ones.
     window_cache: Literal["window", "max_len"] = "window"
     conv_kernel: int = 3
     expand_proj: int = 4  # BaseConv projects to expand_proj * width: one half is convolved
@@ -67,30 +71,21 @@ class Config:
 
     def __post_init__(self) -> None:
         check_width(self.width)
-        whole = {"feature_dim": 1, "window": 1, "conv_kernel": 1, "vocab_size": 2}
-        for name, fits, rule in (
-            (
-                "pattern",
-                self.pattern and set(self.pattern) <= set(LAYERS),
-                "be letters of c (convolution), l (linear) and s (sliding window), one per layer",
-            ),
-            (
-                "num_heads",
-                self.num_heads > 0 and self.width % self.num_heads == 0,
+        pattern = "be letters of c (convolution), l (linear) and s (sliding window), one per layer"
+        heads, pair, rings = self.num_heads, self.expand_proj, ("window", "max_len")
+        rules = {
+            "pattern": (self.pattern and set(self.pattern) <= set(LAYERS), pattern),
+            "num_heads": (
+                heads > 0 and self.width % heads == 0,
                 f"divide the width of {self.width}",
             ),
-            (
-                "window_cache",
-                self.window_cache in ("window", "max_len"),
-                "be 'window' or 'max_len'",
-            ),
-            (
-                "expand_proj",
-                self.expand_proj > 0 and self.expand_proj % 2 == 0,
-                "be even and positive",
-            ),
-            *((key, getattr(self, key) >= n, f"be at least {n}") for key, n in whole.items()),
-        ):
+            "window_cache": (self.window_cache in rings, "be 'window' or 'max_len'"),
+            "expand_proj": (pair > 0 and pair % 2 == 0, "be even and positive"),
+            "vocab_size": (self.vocab_size > 1, "be at least 2"),
+        }
+        for name in ("feature_dim", "window", "conv_kernel"):
+            rules[name] = (getattr(self, name) > 0, "be at least 1")
+        for name, (fits, rule) in rules.items():
             if not fits:
                 raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}.")
 
@@ -131,7 +126,7 @@ class Call(NamedTuple):
     rope: Rope
     start: int  # number of the first token
     attend: Attend
-    taylor: Callable[[Tensor, Tensor, Tensor], Tensor]  # as upstream_taylor_attention
+    taylor: Taylor
 
 
 class Model(LanguageModel):
@@ -139,16 +134,14 @@ class Model(LanguageModel):
     forward_paths = ("eager", "upstream")
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
-        if forward_path == "upstream" and config.feature_dim > 128:
-            raise ValueError(
-                f"feature_dim must be at most 128 on the forward path 'upstream', "
-                f"got {config.feature_dim}; use the forward path 'eager'."
-            )
         layers = [LAYERS[kind](config) for kind in config.pattern]
         super().__init__(config, layers, decode_path, forward_path)
 
     def hidden(self, tokens: Tokens) -> Tensor:
         call, x = self._call(0, tokens), self.embed(tokens)  # (b, t, d)
+        if self.forward_path == "upstream":
+            attend = flex_window_attention(tokens.shape[1], self.config.window, tokens.device)
+            call = call._replace(attend=attend, taylor=upstream_taylor_attention())
         for layer in self.blocks:
             x = self.on_forward_path(layer)(x, call)
         return self.norm(x)
@@ -202,23 +195,18 @@ class Model(LanguageModel):
             rows, x = ring_rows(position, num_slots), self.embed(token)
             for layer, cache in zip(self.blocks, caches, strict=True):
                 x = layer.step(x, rows, rope, cache)
-            return self.head(rms_norm(x, self.norm))
+            return normed_linear(x, self.norm, self.head.weight)
 
         return CapturedStep(run, buffers.conv.shape[1], device, end=buffers.max_len)
 
     def _call(self, start: int, tokens: Tokens) -> Call:
-        window, (num_new, device) = self.config.window, (tokens.shape[1], tokens.device)
-        rope = rope_table(
-            torch.arange(start, start + num_new, device=device), self.config.rope_base
-        )
-        if self.forward_path == "upstream":
-            attend = flex_window_attention(num_new, window, device)
-            return Call(rope, start, attend, upstream_taylor_attention)
+        c, num_new, device = self.config, tokens.shape[1], tokens.device
+        rope = rope_table(torch.arange(start, start + num_new, device=device), c.rope_base)
         return Call(
             rope,
             start,
-            lambda q, k, v: window_attention(q, k, v, window),
-            lambda q, k, v: taylor_attention(q, k, v)[0],
+            attend=lambda q, k, v: window_attention(q, k, v, c.window),
+            taylor=lambda q, k, v: taylor_attention(q, k, v)[0],
         )
 
     def _caches(self, state: State) -> list[Any]:
@@ -247,8 +235,7 @@ class Model(LanguageModel):
         The table of evaluation_spec.md 4.4 counts the sums with 2 bytes and no convolutions: half
         of the sums and all of `conv` less than this, in bfloat16.
         """
-        rows = self._window_rows(seq_len)
-        return batch_size * (self._recurrent_bytes() + self._window_bytes(rows))
+        return batch_size * sum(self._bytes(self._window_rows(seq_len)))
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix and convolution once, 2 FLOP per weight.
@@ -261,10 +248,10 @@ class Model(LanguageModel):
         weights = self.num_params - self.embed.weight.numel() - norms
         rows = min(num_tokens, c.window)
         flops = 4 * self._num_sums() + 4 * c.width * rows * c.pattern.count("s")
-        num_bytes = 2 * self._recurrent_bytes() + self._window_bytes(rows)
+        recurrent, window = self._bytes(rows)
         return (
             Cost("weights", weights * itemsize, 2 * batch_size * weights),
-            Cost("state", batch_size * num_bytes, batch_size * flops),
+            Cost("state", batch_size * (2 * recurrent + window), batch_size * flops),
         )
 
     def _num_sums(self) -> int:
@@ -272,62 +259,40 @@ class Model(LanguageModel):
         c = self.config
         return c.pattern.count("l") * c.num_features * (c.width + c.num_heads)
 
-    def _recurrent_bytes(self) -> int:
+    def _bytes(self, rows: int) -> tuple[int, int]:
+        """Of one sequence: sums and convolution inputs; `rows` rows of every window layer."""
         c, dtype = self.config, self.head.weight.dtype
         conv = c.pattern.count("c") * c.conv_kernel * c.conv_width
-        return self._num_sums() * sum_dtype(dtype).itemsize + conv * dtype.itemsize
-
-    def _window_bytes(self, rows: int) -> int:
-        c = self.config
-        return 2 * c.pattern.count("s") * rows * c.width * self.head.weight.itemsize
+        recurrent = self._num_sums() * sum_dtype(dtype).itemsize + conv * dtype.itemsize
+        return recurrent, 2 * c.pattern.count("s") * rows * c.width * dtype.itemsize
 
 
 # --- layers --------------------------------------------------------------------------------------
 
 
-class Layer(nn.Module):
-    """x += out(mixer(inner(norm(x)))), then x += swiglu(norm(x)): a subclass is a mixer.
+class Layer(Block):
+    """A Block with another mixer in the place of attention: `qkv` leads into it, `attn_out` out.
 
-    `forward` reads any number of tokens, `step` is one token on the Triton kernels, in place. Each
-    mixer has its own `forward`, so that torch.compile counts their recompilations apart.
+    Every layer has `forward`, which reads any number of tokens, and `step`, which reads one on the
+    Triton kernels, in place. Each kind has its own `forward`, so that torch.compile counts their
+    compilations apart.
     """
 
     def __init__(self, config: Config, inner: int, outer: int):
-        super().__init__()
-        width, hidden = config.width, swiglu_width(config.width)
-        self.mixer_norm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.inner = nn.Linear(width, inner, bias=False)
-        self.out = nn.Linear(outer, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.w1 = nn.Linear(width, hidden, bias=False)  # gate
-        self.w3 = nn.Linear(width, hidden, bias=False)  # up
-        self.w2 = nn.Linear(hidden, width, bias=False)  # down
-
-    def init_weights(self, num_layers: int) -> None:
-        """Normal, std sqrt(2 / 5d); the projections back into the residual 1 / (sqrt(d) L)."""
-        width = self.inner.in_features
-        for linear in (self.inner, self.w1, self.w3):
-            nn.init.normal_(linear.weight, std=(2 / (5 * width)) ** 0.5)
-        for linear in (self.out, self.w2):
-            nn.init.normal_(linear.weight, std=1 / (width**0.5 * num_layers))
+        super().__init__(config.width, eps=config.norm_eps)
+        self.qkv = nn.Linear(config.width, inner, bias=False)
+        self.attn_out = nn.Linear(outer, config.width, bias=False)
 
     def enter(self, x: Tensor) -> Tensor:
-        return self.inner(self.mixer_norm(x))
+        return self.qkv(self.attn_norm(x))
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.out(y)
+        x = x + self.attn_out(y)
         h = self.mlp_norm(x)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
     def enter_step(self, x: Tensor) -> Tensor:
-        return F.linear(rms_norm(x, self.mixer_norm), self.inner.weight)
-
-    def leave_step(self, x: Tensor, y: Tensor) -> Tensor:
-        from cat_bench import kernels
-
-        x.addmm_(y, self.out.weight.T)  # in place: the residual rides in the matmul's epilogue
-        gate_up = F.linear(rms_norm(x, self.mlp_norm), packed_gate_up(self))
-        return x.addmm_(kernels.swiglu(gate_up), self.w2.weight.T)
+        return normed_linear(x, self.attn_norm, self.qkv.weight)
 
 
 class LinearLayer(Layer):
@@ -335,11 +300,11 @@ class LinearLayer(Layer):
         c = config
         features = c.num_heads * c.feature_dim
         super().__init__(c, 2 * features + c.width, c.width)
-        self.num_heads, self.parts = c.num_heads, [features, features, c.width]
+        self.heads, self.parts = c.num_heads, [features, features, c.width]
 
     def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         q, k, v = (  # (b, h, t, f) twice, (b, h, t, e)
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.enter(x).split(self.parts, dim=-1)
         )
         if cache is None:
@@ -354,29 +319,22 @@ class LinearLayer(Layer):
         from cat_bench import kernels
 
         q, k, v = self.enter_step(x).split(self.parts, dim=-1)
-        return self.leave_step(x, kernels.taylor_step(q, k, v, *cache))
+        return finish_block(self, x, kernels.taylor_step(q, k, v, *cache))
 
 
-class WindowLayer(Layer):
+class WindowLayer(Block):
     def __init__(self, config: Config):
-        super().__init__(config, 3 * config.width, config.width)
+        super().__init__(config.width, eps=config.norm_eps)
         self.window = config.window
 
     def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        heads = self.enter(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (b, 3h, t, 64)
-        q, k, v = heads.chunk(3, dim=1)
-        q, k = rotate(q, call.rope), rotate(k, call.rope)
-        if cache is None:
-            o = call.attend(q, k, v)
-        else:
-            o = ring_attention(q, k, v, *cache, call.start, self.window)
-        return self.leave(x, o.transpose(1, 2).flatten(2))
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ring_attention(q, k, v, *cache, call.start, self.window)
+
+        return super().forward(x, call.rope, call.attend if cache is None else attend)
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
-        from cat_bench import kernels
-
-        q, k, v = self.enter_step(x).chunk(3, dim=-1)
-        return self.leave_step(x, kernels.decode_attention(q, k, v, *cache, rows, rope))
+        return block_step(self, x, *cache, rows, rope)
 
 
 class ConvLayer(Layer):
@@ -406,7 +364,7 @@ class ConvLayer(Layer):
         from cat_bench import kernels
 
         u, gate = self.enter_step(x).chunk(2, dim=-1)
-        return self.leave_step(x, kernels.conv_step(u, cache, self.taps).mul_(gate))
+        return finish_block(self, x, kernels.conv_step(u, cache, self.taps).mul_(gate))
 
 
 LAYERS = {"c": ConvLayer, "l": LinearLayer, "s": WindowLayer}
@@ -441,18 +399,22 @@ def taylor_attention(
     return torch.cat(parts, dim=2).to(v.dtype), sums, norms
 
 
-@torch.compiler.disable  # its own Triton kernels; torch.compile takes what is around them
-def upstream_taylor_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same without a state by flash-linear-attention: q, k (b, h, t, f), v (b, h, t, e) -> y.
+@lru_cache(maxsize=1)
+def upstream_taylor_attention() -> Taylor:
+    """The same without a state by flash-linear-attention, (q, k, v) -> y.
 
-    Of its two kernels the quadratic one, which fills a device at any length, while the chunked one
-    walks through the sequence. Upstream adds 1e-6 to the normaliser, which is 1/2 or more: at most
-    2e-6 of a value.
+    Of its two kernels the quadratic one, which fills a device at any length; the chunked one walks
+    through the sequence. Upstream adds 1e-6 to the normaliser, which is 1/2 or more: at most 2e-6
+    of a value.
     """
     from fla.ops.based import parallel_based
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return parallel_based(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+    @torch.compiler.disable  # kernels of its own; torch.compile takes what is around them
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return parallel_based(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+
+    return attend
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 from baselines import based
 from cat_bench import graph, spec
 from cat_bench.architecture import Architecture, build, generation_flops
+from cat_bench.blocks import Block
 from cat_bench.errors import UserError
 
 TINY = {"width": 64, "vocab_size": 61, "window": 5, "feature_dim": 4, "num_heads": 2}
@@ -175,15 +176,15 @@ def naive_norm(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
 
 
-def naive_rest(layer: based.Layer, x: Tensor, mixed: Tensor) -> Tensor:
+def naive_rest(layer: Block, x: Tensor, mixed: Tensor) -> Tensor:
     """What follows the mixer: projection, residual, SwiGLU."""
-    x = x + mixed @ layer.out.weight.T
+    x = x + mixed @ layer.attn_out.weight.T
     h = naive_norm(x, layer.mlp_norm)
     gate, up = h @ layer.w1.weight.T, h @ layer.w3.weight.T
     return x + (gate * gate.sigmoid() * up) @ layer.w2.weight.T
 
 
-def layer_output(kind: str, x: Tensor, **settings: object) -> tuple[Tensor, based.Layer]:
+def layer_output(kind: str, x: Tensor, **settings: object) -> tuple[Tensor, Block]:
     model = make(kind, **settings)
     call = model._call(0, torch.zeros(x.shape[:2], dtype=torch.int64))
     with torch.no_grad():
@@ -195,8 +196,8 @@ def layer_output(kind: str, x: Tensor, **settings: object) -> tuple[Tensor, base
 
 def naive_sliding(layer: based.WindowLayer, x: Tensor, window: int) -> Tensor:
     """One sequence x (t, 64), one head: complex RoPE, then one softmax per query."""
-    normed = naive_norm(x, layer.mixer_norm)
-    q, k, v = (normed @ weight.T for weight in layer.inner.weight.split(64))
+    normed = naive_norm(x, layer.attn_norm)
+    q, k, v = (normed @ weight.T for weight in layer.qkv.weight.split(64))
     angle = torch.arange(len(x), dtype=torch.float32)[:, None] * 10_000.0 ** (
         -torch.arange(32, dtype=torch.float32) / 32
     )
@@ -263,7 +264,7 @@ def test_convolution_is_its_definition(kernel: int) -> None:
     x = normal(1, 7, 64)
     got, layer = layer_output("c", x, conv_kernel=kernel)
     with torch.no_grad():
-        inner = naive_norm(x[0], layer.mixer_norm) @ layer.inner.weight.T
+        inner = naive_norm(x[0], layer.attn_norm) @ layer.qkv.weight.T
         u, gate, taps = inner[:, :128], inner[:, 128:], layer.taps
         rows = []
         for t in range(7):  # the last tap weighs the present token
@@ -503,3 +504,9 @@ def test_labels() -> None:
     assert label("based") == "BASED"
     assert label("based:window_cache=max_len") == "BASED (window_cache=max_len)"
     assert label("based-2x") == "BASED-2x (width=768, window=64, vocab_size=32000)"
+
+
+def test_upstream_needs_a_gpu() -> None:
+    model = based.Model(based.Config(**TINY), forward_path="upstream")
+    with pytest.raises(UserError, match="needs a CUDA GPU"):
+        model.forward(random_tokens(3))
