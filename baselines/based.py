@@ -328,10 +328,14 @@ class WindowLayer(Block):
         self.window = config.window
 
     def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ring_attention(q, k, v, *cache, call.start, self.window)
+        if cache is None:
+            return super().forward(x, call.rope, call.attend)
+        keys, values = cache
 
-        return super().forward(x, call.rope, call.attend if cache is None else attend)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ring_attention(q, k, v, keys, values, call.start, self.window)
+
+        return super().forward(x, call.rope, attend)
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
         return block_step(self, x, *cache, rows, rope)
@@ -376,26 +380,25 @@ LAYERS = {"c": ConvLayer, "l": LinearLayer, "s": WindowLayer}
 def taylor_attention(
     q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None, norms: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k (b, h, t, f), v (b, h, t, e), state before -> y (b, h, t, e), state after.
+    """q, k (b, h, t, f), v (b, h, t, e), sums before -> y (b, h, t, e), sums after.
 
     Inside a chunk the weights themselves, 1 + s + s^2/2; across chunks their factors phi. Computed
     in the dtype of the sums, whatever autocast says.
     """
-    dtype, parts = sum_dtype(v.dtype), []
+    dtype, f, parts = sum_dtype(v.dtype), q.shape[-1], []
+    if sums is None or norms is None:
+        norms = v.new_zeros(*q.shape[:2], 1 + f + f * f, dtype=dtype)  # (b, h, p)
+        sums = v.new_zeros(*norms.shape, v.shape[-1], dtype=dtype)  # (b, h, p, e)
+    chunks = (x.to(dtype).split(CHUNK, dim=2) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        scale = q.shape[-1] ** -0.25  # a quarter power a side, so that q.k is s
-        chunks = (x.to(dtype).split(CHUNK, dim=2) for x in (q, k, v))
         for qc, kc, vc in zip(*chunks, strict=True):
-            s = (qc * scale) @ (kc * scale).mT  # (b, h, c, c)
-            weights = (1 + s + s * s / 2).tril()
-            total, norm = weights @ vc, weights.sum(-1)  # (b, h, c, e), (b, h, c)
-            if sums is not None:
-                phi = taylor_features(qc)  # (b, h, c, p)
-                total, norm = total + phi @ sums, norm + (phi @ norms[..., None])[..., 0]
-            parts.append(total / norm[..., None])
-            phi = taylor_features(kc)
-            sums = phi.mT @ vc if sums is None else sums + phi.mT @ vc  # (b, h, p, e)
-            norms = phi.sum(-2) if norms is None else norms + phi.sum(-2)  # (b, h, p)
+            s = qc @ kc.mT * f**-0.5
+            weights = (1 + s + s * s / 2).tril()  # (b, h, c, c)
+            phi_q, phi_k = taylor_features(qc), taylor_features(kc)  # (b, h, c, p)
+            y = weights @ vc + phi_q @ sums
+            norm = weights.sum(-1, keepdim=True) + phi_q @ norms[..., None]
+            parts.append(y / norm)
+            sums, norms = sums + phi_k.mT @ vc, norms + phi_k.sum(-2)
     return torch.cat(parts, dim=2).to(v.dtype), sums, norms
 
 

@@ -334,7 +334,7 @@ def test_planted_faults_of_linear_attention_are_seen(
     elif fault == "not causal":
         monkeypatch.setattr(Tensor, "tril", lambda x: x)
     else:
-        monkeypatch.setattr(Tensor, "sum", lambda x, *dims: 2 * total(x, *dims))
+        monkeypatch.setattr(Tensor, "sum", lambda x, *dims, **kw: 2 * total(x, *dims, **kw))
     with pytest.raises(AssertionError, match="recurrence|sums|normaliser"):
         test_chunks_equal_the_recurrence_and_the_quadratic_form(based.CHUNK + 1)
 
