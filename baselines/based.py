@@ -37,7 +37,7 @@ from cat_bench.graph import (
     Rows,
     block_step,
     finish_block,
-    normed_linear,
+    rms_norm,
     taylor_features,
 )
 from cat_bench.language_model import LanguageModel
@@ -195,7 +195,7 @@ class Model(LanguageModel):
             rows, x = ring_rows(position, num_slots), self.embed(token)
             for layer, cache in zip(self.blocks, caches, strict=True):
                 x = layer.step(x, rows, rope, cache)
-            return normed_linear(x, self.norm, self.head.weight)
+            return self.head(rms_norm(x, self.norm))
 
         return CapturedStep(run, buffers.conv.shape[1], device, end=buffers.max_len)
 
@@ -292,7 +292,7 @@ class Layer(Block):
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
     def enter_step(self, x: Tensor) -> Tensor:
-        return normed_linear(x, self.attn_norm, self.qkv.weight)
+        return self.qkv(rms_norm(x, self.attn_norm))
 
 
 class LinearLayer(Layer):
