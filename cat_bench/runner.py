@@ -89,17 +89,22 @@ def _execute(
     statuses: Counter[str] = Counter()
     durations_s: list[float] = []
     interrupted = False
+    workers = Workers()
     try:
         with _terminated_as_interrupted():
-            for done, case in enumerate(queue, skipped):
+            for index, case in enumerate(queue):
+                done = skipped + index
                 progress(done, total, case, _time_left_s(durations_s, total - done))
-                rows = measure_in_fresh_process(case, timeout_s)
+                following = queue[index + 1] if index + 1 < len(queue) else None
+                rows = workers.measure(case, timeout_s, following)
                 run.append(rows)
                 statuses[rows[-1].status] += 1
                 durations_s.append(rows[-1].value or 0.0)
             progress(total, total, None, 0.0)
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        workers.close()
     return Summary(**statuses, skipped=skipped, interrupted=interrupted)
 
 
@@ -115,46 +120,87 @@ def check_resume(run: Run, environment: dict[str, Any]) -> None:
         )
 
 
-def measure_in_fresh_process(case: Case, timeout_s: float) -> list[Record]:
-    """The rows of one case, the closing row last. Whatever happens to the worker is in them."""
-    # Files, not pipes: nobody has to read while the worker runs, and they outlive its death.
-    with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as log:
-        command, variables = worker_process("measure", str(rows.fileno()))
-        oom_kills, start_s = _oom_kills(), time.perf_counter()
-        process = subprocess.Popen(
+class Workers:
+    """Fresh processes, each for one case; the next one may import its libraries meanwhile.
+
+    Only before a case on a GPU: there the imports take seconds of the GPU's time and a CPU core
+    that nobody else needs, whereas on a CPU they would disturb what is being timed.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: Worker | None = None
+
+    def measure(self, case: Case, timeout_s: float, following: Case | None = None) -> list[Record]:
+        """The rows of one case, the closing row last. `following` is measured next."""
+        worker, self.waiting = self.waiting or Worker(), None
+        try:
+            worker.start(case)
+            if following is not None and case.device == following.device == "cuda":
+                self.waiting = Worker()
+            return worker.finish(timeout_s)
+        finally:
+            worker.close()
+
+    def close(self) -> None:
+        if self.waiting is not None:
+            self.waiting.close()
+
+
+class Worker:
+    """One process of worker.py, which imports its libraries and then waits for a case.
+
+    Whatever happens to it is in the rows. It never outlives `close`.
+    """
+
+    def __init__(self) -> None:
+        # Files, not pipes: nobody has to read while the worker runs, and they outlive its death.
+        self.rows, self.log = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        command, variables = worker_process("measure", str(self.rows.fileno()))
+        self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=log,  # stdout of this process carries results
-            stderr=log,
+            stdout=self.log,  # stdout of this process carries results
+            stderr=self.log,
             env=variables,
-            pass_fds=(rows.fileno(),),
+            pass_fds=(self.rows.fileno(),),
             process_group=0,  # Ctrl-C reaches this process only, which then ends the whole group
         )
-        timed_out = not _finish(process, json.dumps(asdict(case)).encode(), timeout_s)
-        wall_s = time.perf_counter() - start_s
-        records = _read_rows(rows)
+
+    def start(self, case: Case) -> None:
+        self.case, self.oom_kills, self.start_s = case, _oom_kills(), time.perf_counter()
+
+    def finish(self, timeout_s: float) -> list[Record]:
+        """Hand over the case, wait, and return its rows."""
+        timed_out = False
+        try:
+            self.process.communicate(json.dumps(asdict(self.case)).encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            self._kill()
+        wall_s = time.perf_counter() - self.start_s
+        records = _read_rows(self.rows)
         if not records or records[-1].metric != CLOSING:  # the worker did not come to its end
-            tail = _tail(log)
+            tail = _tail(self.log)
             if timed_out:
                 reason = f"ended after the timeout of {timeout_s:g} s"
             else:
-                reason = reason_of_death(process.returncode, _oom_kills() > oom_kills, tail)
+                killed = _oom_kills() > self.oom_kills
+                reason = reason_of_death(self.process.returncode, killed, tail)
             error = f"{reason}\n{tail}".strip()
-            records.append(Record(case.key, CLOSING, None, "s", status="failed", error=error))
-    return [*records[:-1], replace(records[-1], value=wall_s)]
+            records.append(Record(self.case.key, CLOSING, None, "s", status="failed", error=error))
+        return [*records[:-1], replace(records[-1], value=wall_s)]
 
+    def close(self) -> None:
+        self._kill()
+        self.rows.close()
+        self.log.close()
 
-def _finish(process: subprocess.Popen, stdin: bytes, timeout_s: float) -> bool:
-    """Wait for the worker; False when it had to be ended. It never outlives this call."""
-    try:
-        process.communicate(stdin, timeout=timeout_s)
-        return True
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        if process.poll() is None:
-            killpg(process.pid, signal.SIGKILL)  # compilers that it started, too
-            process.wait()
+    def _kill(self) -> None:
+        if self.process.poll() is None:
+            killpg(self.process.pid, signal.SIGKILL)  # compilers that it started, too
+            self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
 
 def _read_rows(file: IO[bytes]) -> list[Record]:

@@ -285,7 +285,7 @@ def measured(monkeypatch):
     """Replaces the worker: every case ends with the status that its suite is named after."""
     keys = []
 
-    def instead(case: Case, timeout_s: float) -> list[Record]:
+    def instead(_, case: Case, timeout_s: float, following: Case | None) -> list[Record]:
         keys.append(case.key)
         if case.suite == "interrupt":
             raise KeyboardInterrupt
@@ -294,12 +294,36 @@ def measured(monkeypatch):
             Record(case.key, "case", 10.0, "s", status=case.suite),
         ]
 
-    monkeypatch.setattr(runner, "measure_in_fresh_process", instead)
+    monkeypatch.setattr(runner.Workers, "measure", instead)
     return keys
 
 
 def plain_case(suite: str, batch_size: int = 1) -> Case:
     return Case(suite, "dense", batch_size, 1, 2, "float32", "cpu")
+
+
+@pytest.mark.parametrize(("device", "first"), [("cuda", "new new"), ("cpu", "new end")])
+def test_the_next_worker_waits_while_a_gpu_is_measured(monkeypatch, tmp_path, device, first):
+    """One process a case, each ended; on a CPU none runs beside the one that is timed."""
+    told = []
+
+    class FakeWorker:
+        def __init__(self):
+            told.append("new")
+
+        def start(self, case: Case) -> None:
+            self.case = case
+
+        def finish(self, timeout_s: float) -> list[Record]:
+            return [Record(self.case.key, "case", 1.0, "s")]
+
+        def close(self) -> None:
+            told.append("end")
+
+    monkeypatch.setattr(runner, "Worker", FakeWorker)
+    cases = [replace(plain_case("ok", n), device=device) for n in (1, 2, 3)]
+    assert runner.execute(cases, new_run(tmp_path, cases)) == runner.Summary(ok=3)
+    assert (told.count("new"), told.count("end"), " ".join(told[:2])) == (3, 3, first)
 
 
 def test_closed_cases_are_skipped_and_doubles_measured_once(measured, tmp_path):
