@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = '''"""A model of one number, whose steps fail on request."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
