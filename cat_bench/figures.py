@@ -3,8 +3,8 @@
 Every architecture keeps its colour (Okabe-Ito, safe for colour-blind readers) and its marker in all
 figures. Lines and filled markers are ours, with 95 % intervals; dotted lines and hollow markers are
 the paper's. Seconds and GiB of another GPU are never drawn over ours: there only ratios to Dense
-are. A case out of memory is an x at the upper edge. Whole figures come from `efficiency_figure` and
-`mask_figure`; `save` writes SVG, PDF and PNG.
+are. A case out of memory is an x at the upper edge. Whole figures come from `efficiency_figure`,
+`mask_figure` and paper/_lines.py; `save` writes SVG, PDF and PNG.
 """
 
 import textwrap
@@ -62,6 +62,7 @@ LOG_STEPS = (  # of the ticks of a logarithmic axis, coarse to fine
     (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),  # two steps: 1.5 times at most
 )
 PAPER_DOTS = (0, (1, 2))
+THIN_MARKERS = {"P": 7, "X": 6.5, "*": 7}  # the white edge would leave a cross or a dot
 
 
 class Look(NamedTuple):
@@ -107,7 +108,7 @@ class Panel(NamedTuple):
     value: str  # column of `tables.measured`
     title: str
     label: str
-    published: str  # unit of the paper's points: "s" or "GiB"
+    published: str  # unit of the paper's points: "s" or "GiB"; "": it has none
     is_ratio: bool = False  # to Dense: may carry the paper's points from any GPU
     low: str | None = None  # columns of the interval
     high: str | None = None
@@ -155,15 +156,15 @@ def efficiency_figure(
     with matplotlib.rc_context(STYLE):
         num_columns = min(2, len(panels))
         num_rows = -(-len(panels) // num_columns)
-        height = 0.45 + 2.35 * num_rows + CAPTION_LINE_IN * len(_caption_lines(caption))
+        height = 0.45 + 2.35 * num_rows + CAPTION_LINE_IN * len(caption_lines(caption))
         figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
         grid = figure.subplots(num_rows, num_columns, squeeze=False)
         labels = _labels(rows, published)
         for letter, axes, panel in zip("abcdef", grid.flat, panels, strict=False):
-            _draw_panel(axes, panel, rows, published, axis, labels)
+            draw_panel(axes, panel, rows, published, axis, labels)
             axes.set_title(f"({letter}) {panel.title}")
         _legend(figure, labels, rows, published, axis, is_smoke)
-        _caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -178,7 +179,7 @@ def is_plotted(point) -> bool:
     return point.kind == "digitised" and point.unit in ("s", "GiB")
 
 
-def _draw_panel(
+def draw_panel(
     axes: Axes,
     panel: Panel,
     rows: pd.DataFrame,
@@ -212,7 +213,7 @@ def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number:
     x, y = ok[axis.name].astype(float), ok[panel.value].astype(float) / panel.divisor
     axes.plot(
         x, y, color=style.color, marker=style.marker, linestyle=style.line,
-        markeredgecolor="white", markeredgewidth=0.5, zorder=4,
+        markersize=_marker_size(style), markeredgecolor="white", markeredgewidth=0.5, zorder=4,
     )  # fmt: skip
     error = _error(ok, panel, y)
     if error is not None:
@@ -224,6 +225,11 @@ def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number:
             color=style.color, marker="x", markersize=6.5, markeredgewidth=1.8, linestyle="none",
             clip_on=False, zorder=5,
         )  # fmt: skip
+
+
+def _marker_size(style: Look) -> float:
+    size = matplotlib.rcParams["lines.markersize"]
+    return size * THIN_MARKERS.get(style.marker, 5) / 5
 
 
 def _error(rows: pd.DataFrame, panel: Panel, y: pd.Series) -> np.ndarray | None:
@@ -268,8 +274,8 @@ def _draw_published(axes: Axes, line: dict[float | None, float], style: Look) ->
     if x:
         axes.plot(
             x, [line[value] for value in x], color=style.color, marker=style.marker,
-            markerfacecolor="white", markeredgewidth=1.1, linestyle=PAPER_DOTS, linewidth=0.9,
-            zorder=2,
+            markersize=_marker_size(style), markerfacecolor="white", markeredgewidth=1.1,
+            linestyle=PAPER_DOTS, linewidth=0.9, zorder=2,
         )  # fmt: skip
 
 
@@ -352,7 +358,7 @@ def _handle(label: str, style: Look, is_ours: bool, is_level: bool) -> Line2D:
         [], [], color=style.color, marker="" if is_level else style.marker,
         label=label if is_ours else paper_label,
         linestyle=style.line if is_ours else PAPER_DOTS,
-        markerfacecolor=style.color if is_ours else "white",
+        markerfacecolor=style.color if is_ours else "white", markersize=_marker_size(style),
         linewidth=1.5 if is_ours else 0.9,
     )  # fmt: skip
 
@@ -364,13 +370,13 @@ def _is_level(label: str, rows: pd.DataFrame, published: Sequence, axis: Axis) -
     return all(axis.name not in p.x for p in published if p.row == label and is_plotted(p))
 
 
-def _caption(figure: Figure, caption: str) -> None:
+def add_caption(figure: Figure, caption: str) -> None:
     """Under the panels, at the left edge."""
-    text = "\n".join(_caption_lines(caption))
+    text = "\n".join(caption_lines(caption))
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.01, ha="left")
 
 
-def _caption_lines(caption: str) -> list[str]:
+def caption_lines(caption: str) -> list[str]:
     paragraphs = caption.split("\n")
     return [line for text in paragraphs for line in textwrap.wrap(text, CAPTION_COLUMNS)]
 
@@ -398,7 +404,7 @@ def mask_figure(masks: Sequence[tuple[str, np.ndarray, int]], caption: str) -> F
             for name, color in zip(names, (colors[1], colors[2], colors[0]), strict=True)
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
-        _caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 

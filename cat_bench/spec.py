@@ -326,7 +326,7 @@ def suite_module(name: str) -> str:
 
 
 def exhibits() -> list[tuple[str, str]]:
-    """(name, title) of every table and figure in paper/: tables first, in the paper's order."""
+    """(name, title) of every exhibit in paper/: the paper's tables, its figures, then our own."""
     titles = {}
     for path in _python_files(EXHIBITS):
         title = _constants(_tree(path)).get("TITLE")
@@ -335,10 +335,11 @@ def exhibits() -> list[tuple[str, str]]:
     return sorted(titles.items(), key=lambda item: _paper_order(item[0]))
 
 
-def _paper_order(name: str) -> tuple[bool, str, int]:
-    """table2 before table10 before fig2."""
+def _paper_order(name: str) -> tuple[int, str, int]:
+    """table2 before table10 before fig2 before crossover."""
     word = name.rstrip("0123456789")
-    return (word != "table", word, int(name[len(word) :] or 0))
+    place = {"table": 0, "fig": 1}.get(word, 2)
+    return (place, word, int(name[len(word) :] or 0))
 
 
 def _own_files() -> dict[str, Path]:

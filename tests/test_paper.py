@@ -6,14 +6,16 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from cat_bench import figures, spec, store
 from cat_bench.case import Case, Record
 from cat_bench.errors import UserError
-from cat_bench.paper import _build, _curves, _published, _settings
+from cat_bench.paper import _build, _curves, _lines, _one_run, _published, _settings, crossover
 
 EXHIBITS = [f"table{n}" for n in range(1, 14)] + [f"fig{n}" for n in range(2, 9)]
+EXHIBITS += ["crossover", "ttft"]  # our own
 GPU = {"gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0",
        "command": "cat-bench paper fig3 --run", "cpu_name": "A CPU", "cpu_cores": 2}  # fmt: skip
 
@@ -36,6 +38,10 @@ def measure(
             Record(case.key, "peak_reserved_bytes", seconds * 2**30, "bytes"),
             Record(case.key, "floor_s", seconds / 2, "s"),
             Record(case.key, "step_s", seconds / 100, "s", [seconds / 100] * 100),
+            Record(case.key, "tpot_s", seconds / 100, "s", [seconds / 100] * 5),
+            Record(case.key, "ttft_s", seconds / 50, "s", [seconds / 50] * 5),
+            Record(case.key, "weights_bytes", 1e9, "bytes"),
+            Record(case.key, "state_live_bytes", seconds * 1e9, "bytes"),
         ]
         run.append(
             [*(rows if status == "ok" else []), Record(case.key, "case", 1.0, "s", status=status)]
@@ -83,7 +89,7 @@ def test_exhibits_share_cases_by_key() -> None:
 
 def test_smoke_is_small_and_shares_no_case_with_another_scale() -> None:
     smoke = {c.key: c for name in EXHIBITS for c in plan(name, "smoke")}
-    assert 0 < len(smoke) <= 45
+    assert 0 < len(smoke) <= 50
     assert {(c.device, c.dtype, c.decode_path) for c in smoke.values()} == {
         ("cpu", "float32", "eager")
     }
@@ -338,6 +344,100 @@ def test_crossings_are_interpolated_on_logarithmic_axes() -> None:
         "higher everywhere from 1 to 16"
     )
     assert _curves.crossing_text(dense, {1.0: 1.0}, figures.BATCH) == "too few common points"
+
+
+# --- our own exhibits: crossover and ttft ---------------------------------------------------------
+
+
+def test_crossover_decodes_at_a_length_and_shares_all_other_cases() -> None:
+    at_lengths = crossover.at_lengths("h100")
+    assert {(c.batch_size, c.seq_len - c.prompt_len) for c in at_lengths} == {(16, 256)}
+    assert {c.seq_len for c in at_lengths} == {2**power for power in range(10, 16)}
+    repeats = {c.seq_len: dict(c.settings).get("repeats") for c in at_lengths}
+    assert repeats[4096] is None and repeats[8192] == repeats[32_768] == "3"
+    cats = [c.arch for c in at_lengths if c.seq_len == 32_768 and c.arch.startswith("cat")]
+    assert len(cats) == 3 and all("max_len=32768" in arch for arch in cats)
+    figures_2_and_3 = {c.key for name in ("fig2", "fig3") for c in plan(name)}
+    assert {c.key for c in plan("crossover")} == figures_2_and_3 | {c.key for c in at_lengths}
+
+
+def test_our_exhibits_add_few_smoke_cases() -> None:
+    shared = {c.key for name in ("fig2", "fig3") for c in plan(name, "smoke")}
+    assert {c.key for c in plan("crossover", "smoke")} <= shared
+    new = {c.key for c in plan("ttft", "smoke")} - shared
+    assert len(new) == len(_settings.ARCHITECTURES)
+    assert {(c.batch_size, c.prompt_len, c.seq_len) for c in plan("ttft")} == {
+        (1, prompt, prompt + 8) for prompt in (1024, 4096, 16_384, 32_768)
+    }
+
+
+def test_lines_are_named_at_their_ends_and_maps_say_who_wins(tmp_path) -> None:
+    measure(tmp_path, plan("crossover", "smoke"), gpu_name=None)
+    built = _build.build(["crossover"], "smoke", tmp_path)
+    assert built.statuses[0].status == "done"
+    records = _build.find(_build.all_records(tmp_path)[0], plan("crossover", "smoke")).records
+    content = _build.exhibit("crossover").render(records, [], "smoke")
+    names = {_settings.label(name) for name in _build.exhibit("fig3").ARCHITECTURES}
+    for axes in content.figure.axes[:4]:
+        assert {text.get_text() for text in axes.texts} == names
+        heights = sorted(text.get_position()[1] for text in axes.texts)
+        assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 0.065
+    assert content.figure.axes[4].get_title(loc="left") == "(e) fastest per token"
+    assert {"CAT-8", "1.00x ~"} <= {text.get_text() for text in content.figure.axes[4].texts}
+    winners, crossings, lines = content.tables
+    assert set(winners.text["fastest"]) <= {"CAT-8", "CAT-16", "CAT-32"}
+    assert set(crossings.text["time, batch 4"]) == {"lower from 32 to 64"}
+    assert "2.00x faster [2.00, 2.00]" in set(lines.text["vs Dense"])
+
+
+def test_a_winner_and_a_crossing_are_of_one_run(tmp_path) -> None:
+    """A newer run, ten times as slow, has one architecture only: it says nothing."""
+    cases = plan("crossover")
+    cats = [c for c in cases if c.arch.startswith("cat") and c.batch_size == 256]
+    dense = [c for c in cases if c.arch == "dense" and c.batch_size == 256]
+    first = measure(tmp_path, [*cats, *dense])
+    newer = measure(tmp_path, cats, slower=10.0)
+    found = _build.find(_build.all_records(tmp_path)[0], cases)
+    everything = crossover._measured(found.records, "h100")
+    (won, *_) = _one_run.best(everything, "tpot_s")
+    assert won.run == first.name and won.label.startswith("CAT") and won.num_compared == 4
+    assert _one_run.crossing(everything, "CAT-8", "Dense", "seq_len", "tpot_s") == (
+        "lower from 1024.0 to 4096.0"
+    )
+    shown = everything[everything["is_chosen"] & (everything["label"] == "CAT-8")]
+    assert set(shown["run"]) == {newer.name} and shown["faster"].isna().all()
+
+
+def test_crossings_are_said_as_intervals() -> None:
+    rows = [
+        {"run": "0001-a", "label": label, "seq_len": x, "status": "ok", "tpot_s": y}
+        for label, line in (("CAT-8", (2, 2, 2)), ("Dense", (1, 3, 1)))
+        for x, y in zip((1024, 2048, 4096), line, strict=True)
+    ]
+    text = _one_run.crossing(
+        pd.DataFrame(rows), "CAT-8", "Dense", "seq_len", "tpot_s", _lines.tokens
+    )
+    assert text == "higher at 1K, crosses between 1K and 2K, crosses between 2K and 4K"
+
+
+def test_names_stand_apart_and_inside() -> None:
+    heights = _lines.spread({"a": 0.99, "b": 1.0, "c": 0.98, "d": 0.1}, 0.1)
+    assert heights == pytest.approx({"c": 0.8, "a": 0.9, "b": 1.0, "d": 0.1})
+
+
+def test_time_to_first_token_has_ratios_of_its_own_run(tmp_path) -> None:
+    measure(tmp_path, plan("ttft"))
+    built = _build.build(["ttft"], "h100", tmp_path)
+    assert built.statuses[0].status.startswith("done")
+    table = (tmp_path / "paper" / "h100" / "ttft_table.md").read_text()
+    cat8 = next(line for line in table.splitlines() if line.startswith("| CAT-8"))
+    assert cat8.count("2.00x faster [2.00, 2.00]") == 2  # Dense and Dense-2D
+
+
+def test_figure_6_names_each_state_size_in_its_table() -> None:
+    rows = pd.DataFrame({"label": ["Mamba2", "Mamba2", "Dense"], "d_state": [64, 16, None]})
+    labels = list(_curves._with_d_state(rows)["label"])
+    assert labels == ["Dense", "Mamba2, d_state 16", "Mamba2, d_state 64"]
 
 
 def test_unknown_exhibit() -> None:

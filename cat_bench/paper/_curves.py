@@ -30,11 +30,19 @@ def content(
     published = [point for point in published if point.unit in units]
     says = caption(title, rows, names, scale, panels)
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
-    made = (ratio_table(title, rows, names, axis, scale),) if len(rows) else ()
-    details = tables.details_of(rows) if len(rows) else None
+    listed = _with_d_state(rows) if axis == figures.D_STATE and len(rows) else rows
+    made = (ratio_table(title, listed, names, axis, scale),) if len(rows) else ()
+    details = tables.details_of(listed) if len(rows) else None
     if details is not None:
         made += (replace(details, title=f"{title}, per token", heading=heading(rows)),)
     return Content(made, figure, plotted(rows, published))
+
+
+def _with_d_state(rows: pd.DataFrame) -> pd.DataFrame:
+    """ "Mamba2, d_state 16", smallest first; in a figure the x axis says it."""
+    rows = rows.sort_values("d_state", kind="stable", na_position="first")
+    sizes = rows["d_state"].map(lambda size: "" if pd.isna(size) else f", d_state {size:.0f}")
+    return rows.assign(label=rows["label"] + sizes).reset_index(drop=True)
 
 
 def measured(
@@ -57,14 +65,12 @@ def caption(
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
 ) -> str:
     """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks."""
-    parts = (
-        [heading(rows), f"{_settings.scale_of(scale).says}."]
-        if len(rows)
-        else [no_row(names, scale)]
-    )
+    has_points = any(panel.published for panel in panels)
+    nothing = no_row(names, scale) if has_points else "No row yet."
+    parts = [heading(rows), f"{_settings.scale_of(scale).says}."] if len(rows) else [nothing]
     if "latency_s_low" in rows and rows["latency_s_low"].notna().any():
         parts.append("95 % intervals are narrower than the markers where no bar is visible.")
-    if len(rows) and scale != "smoke" and not figures.may_overlay(rows):
+    if len(rows) and has_points and scale != "smoke" and not figures.may_overlay(rows):
         parts.append(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
         )
@@ -96,9 +102,8 @@ def settings(rows: pd.DataFrame) -> str:
     """dtype, decode path, prompt, repeats."""
     paths = ", ".join(dict.fromkeys(rows["decode_path"]))
     repeats = sorted({int(n) for n in rows.get("n", pd.Series(dtype=float)).dropna()})
-    text = (
-        f"{', '.join(dict.fromkeys(rows['dtype']))}, {paths}, prompt {rows['prompt_len'].iloc[0]}"
-    )
+    prompts = ", ".join(str(tokens) for tokens in sorted(set(rows["prompt_len"])))
+    text = f"{', '.join(dict.fromkeys(rows['dtype']))}, {paths}, prompt {prompts}"
     if repeats:
         text += f", n = {', '.join(str(n) for n in repeats)}, median and 95 % interval"
     return text + "."

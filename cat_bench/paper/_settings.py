@@ -156,21 +156,31 @@ def _shrunk(values: dict[str, spec.Value]) -> dict[str, spec.Value]:
 
 
 def timed_cases(
-    names: Sequence[str], scale: str, batch_sizes: Iterable[int], seq_lens: Iterable[int]
+    names: Sequence[str],
+    scale: str,
+    batch_sizes: Iterable[int],
+    seq_lens: Iterable[int],
+    prompt_len: int = PROMPT_LEN,
+    repeats: int | None = None,
 ) -> list[Case]:
-    """Efficiency cases of every available architecture; equal ones have equal keys everywhere."""
+    """Efficiency cases of every available architecture; equal ones have equal keys everywhere.
+
+    `repeats`: None leaves them to the rule of profiler.py, a number becomes part of the case.
+    """
     chosen = scale_of(scale)
+    settings = () if repeats is None else (("repeats", str(repeats)),)
     return [
         Case(
             suite="efficiency",
             arch=arch,
             batch_size=batch_size,
-            prompt_len=PROMPT_LEN,
+            prompt_len=prompt_len,
             seq_len=seq_len,
             dtype=chosen.dtype,
             device=chosen.device,
             decode_path=path,
             scale=scale,
+            settings=settings,
         )
         for name in available(names, scale)
         for path in [decode_path(name, chosen.device)]

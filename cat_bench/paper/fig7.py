@@ -16,7 +16,6 @@ from cat_bench.paper._settings import Content
 TITLE = "Figure 7: latency of BASED over the length"
 SUITES = ("efficiency",)
 ARCHITECTURES = ("dense", "based:window_cache=window", "based:window_cache=max_len")
-PANELS = (figures.LATENCY, figures.SPEEDUP)
 
 
 def plan(scale: str) -> list[Case]:
@@ -25,8 +24,18 @@ def plan(scale: str) -> list[Case]:
 
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
-    # The ratios need the paper's Dense, which stands in another figure.
+    return over_length(TITLE, (figures.LATENCY, figures.SPEEDUP), records, published, scale)
+
+
+def over_length(
+    title: str,
+    panels: Sequence[figures.Panel],
+    records: pd.DataFrame,
+    published: Sequence,
+    scale: str,
+) -> Content:
+    """Figures 7 and 8. The ratios need the paper's Dense, which stands in Figure 3."""
     published = [*published, *_curves.published_dense("fig3")]
     return _curves.content(
-        TITLE, records, published, ARCHITECTURES, plan(scale), figures.LENGTH, scale, PANELS
+        title, records, published, ARCHITECTURES, plan(scale), figures.LENGTH, scale, panels
     )

@@ -1,5 +1,4 @@
-"""Memory of BASED over the length, with a window cache of `window` slots (the paper: patched) and
-of `max_len` slots (the official code's) (Appendix C.7). The cases are Figure 7's.
+"""Memory of BASED over the length, for the two window caches of Figure 7, whose cases these are.
 
 Try it: cat-bench paper fig8 --scale smoke
 """
@@ -10,23 +9,18 @@ import pandas as pd
 
 from cat_bench import figures
 from cat_bench.case import Case
-from cat_bench.paper import _curves, _settings
+from cat_bench.paper import fig7
 from cat_bench.paper._settings import Content
 
 TITLE = "Figure 8: memory of BASED over the length"
-SUITES = ("efficiency",)
-ARCHITECTURES = ("dense", "based:window_cache=window", "based:window_cache=max_len")
-PANELS = (figures.MEMORY, figures.REDUCTION)
+SUITES = fig7.SUITES
+ARCHITECTURES = fig7.ARCHITECTURES
 
 
 def plan(scale: str) -> list[Case]:
-    chosen = _settings.scale_of(scale)
-    return _settings.timed_cases(ARCHITECTURES, scale, [chosen.batch_size], chosen.seq_lens)
+    return fig7.plan(scale)
 
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
-    # The ratios need the paper's Dense, which stands in another figure.
-    published = [*published, *_curves.published_dense("fig3")]
-    return _curves.content(
-        TITLE, records, published, ARCHITECTURES, plan(scale), figures.LENGTH, scale, PANELS
-    )
+    panels = (figures.MEMORY, figures.REDUCTION)
+    return fig7.over_length(TITLE, panels, records, published, scale)

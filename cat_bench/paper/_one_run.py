@@ -1,0 +1,142 @@
+"""Comparisons inside one run: ratios to a reference, who is best in a cell, where two lines cross.
+
+A ratio of two runs would hold two states of the machine; so a run that lacks one side gives none.
+Rows are those of `_curves.measured`, of all runs of one device; "setting" = batch size, length and
+prompt.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import pandas as pd
+
+from cat_bench import stats
+
+SETTING = ["batch_size", "seq_len", "prompt_len"]
+
+
+def with_interval(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Adds <metric>_low and <metric>_high: the median's 95 % interval."""
+    found = [stats.summary(_samples(row, metric)) for _, row in rows.iterrows()]
+    ends = {f"{metric}_{end}": [getattr(one, end) for one in found] for end in ("low", "high")}
+    return rows.assign(**ends)
+
+
+def with_ratio(rows: pd.DataFrame, metric: str, reference: str, name: str) -> pd.DataFrame:
+    """Adds `name`, <name>_low, <name>_high: `metric` of the architecture `reference` / of the row.
+
+    NaN where the row's own run has not measured `reference` at this setting.
+    """
+    ok = rows[(rows["label"] == reference) & rows.get(metric, pd.Series(dtype=float)).notna()]
+    by_setting = {_setting(row): row for _, row in ok.iterrows()}
+    found = []
+    for _, row in rows.iterrows():
+        other = by_setting.get(_setting(row))
+        if other is None or pd.isna(row[metric]):
+            found.append((math.nan,) * 3)
+        elif other.name == row.name:
+            found.append((1.0,) * 3)
+        else:
+            found.append(stats.ratio(_samples(other, metric), _samples(row, metric))[:3])
+    names = [name, f"{name}_low", f"{name}_high"]
+    return rows.assign(**pd.DataFrame(found, index=rows.index, columns=names))
+
+
+def _setting(row: pd.Series) -> tuple:
+    return (row["run"], *(row[name] for name in SETTING))
+
+
+def _samples(row: pd.Series, metric: str) -> list[float]:
+    """The raw samples; of a byte count, which has none, its one value."""
+    samples = row.get(f"{metric}.samples")
+    if isinstance(samples, list) and samples:
+        return samples
+    return [] if pd.isna(row.get(metric)) else [row[metric]]
+
+
+class Best(NamedTuple):
+    """Who has the least of a metric at one setting, and how far the second is behind."""
+
+    batch_size: int
+    seq_len: int
+    prompt_len: int
+    run: str
+    label: str
+    value: float
+    second: str
+    margin: stats.Interval  # second / best
+    num_compared: int  # architectures of that run that ended well at this setting
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval of the margin leaves 1 out; without an interval: whether it is 1."""
+        low = self.margin.median if math.isnan(self.margin.low) else self.margin.low
+        return low > 1
+
+
+def best(rows: pd.DataFrame, metric: str) -> list[Best]:
+    """Per setting, in the run that has measured most architectures there (of equals the newest)."""
+    found = []
+    ok = rows[(rows["status"] == "ok") & rows[metric].notna()] if metric in rows else rows.iloc[:0]
+    for setting, part in ok.groupby(SETTING):
+        by_run = dict(list(part.groupby("run")))
+        run = max(by_run, key=lambda name: (by_run[name]["label"].nunique(), number(name)))
+        ranked = by_run[run].sort_values(metric)
+        if len(ranked) > 1:
+            first, second = ranked.iloc[0], ranked.iloc[1]
+            margin = stats.ratio(_samples(second, metric), _samples(first, metric))
+            names = first["label"], first[metric], second["label"]
+            found.append(Best(*map(int, setting), run, *names, margin, len(ranked)))
+    return found
+
+
+def crossing(
+    rows: pd.DataFrame,
+    subject: str,
+    reference: str,
+    x: str,
+    metric: str,
+    write: Callable[[float], str] = str,
+) -> str:
+    """Between which measured points of `x` the line of `subject` crosses that of `reference`.
+
+    Interpolated linearly in log-log, the point itself would claim more than was measured.
+    """
+    gaps = sorted(_gaps(rows, subject, reference, x, metric).items())
+    if len(gaps) < 2:
+        return "-"
+    between = [
+        f"crosses between {write(x0)} and {write(x1)}"
+        for (x0, gap0), (x1, gap1) in zip(gaps, gaps[1:], strict=False)
+        if (gap0 < 0) != (gap1 < 0)
+    ]
+    (first, gap), (last, _) = gaps[0], gaps[-1]
+    word = "lower" if gap < 0 else "higher"
+    if between:
+        return f"{word} at {write(first)}, {', '.join(between)}"
+    return f"{word} from {write(first)} to {write(last)}"
+
+
+def _gaps(
+    rows: pd.DataFrame, subject: str, reference: str, x: str, metric: str
+) -> dict[float, float]:
+    """x -> log(subject / reference), both of the newest run that has both."""
+    if metric not in rows:
+        return {}
+    ok = rows[(rows["status"] == "ok") & rows[metric].notna()]
+    ours, theirs = (
+        {(row["run"], row[x]): row[metric] for _, row in ok[ok["label"] == label].iterrows()}
+        for label in (subject, reference)
+    )
+    both = sorted(set(ours) & set(theirs), key=lambda key: number(key[0]))
+    return {float(place): math.log(ours[run, place] / theirs[run, place]) for run, place in both}
+
+
+def number(run: str) -> int:
+    """12 of "0012-fig2-h100": the order in which runs were started."""
+    return int(run.partition("-")[0])
+
+
+def runs_of(found: Iterable[Best]) -> str:
+    return ", ".join(sorted({one.run for one in found}))

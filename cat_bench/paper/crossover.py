@@ -1,0 +1,274 @@
+"""Who is fastest and who is smallest, by batch size and length, and where CAT's lines cross others.
+
+Batch 16 from 1K to 32K tokens, decoding *at* a length: the prompt is all but the last SPAN tokens,
+and the time per token is that of the steps after it. Every length has the same definition, and a
+32K cell costs seconds instead of a whole generation. The prompt is read in one call, so the peak
+memory of these cases holds its activations (Dense at 32K: 3 GB per MLP activation); weights and
+state are what stays while tokens are made, and "smallest" goes by them. From LONG tokens on there
+are 3 repeats, as part of the case. A case that does not fit the GPU is a row "oom".
+
+Beside them the whole generations of Figure 3 (batch 256) and Figure 2 (length 1024), time per token
+averaged from the prompt of 8 on. All ratios, winners and crossings are of cases of one run.
+
+Try it: cat-bench paper crossover --scale smoke
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from cat_bench import figures, tables
+from cat_bench.case import Case
+from cat_bench.paper import _curves, _lines, _one_run, _settings, fig2, fig3
+from cat_bench.paper._settings import Content
+
+TITLE = "Crossover: who is fastest and who is smallest, where"
+SUITES = ("efficiency",)
+ARCHITECTURES = _settings.ARCHITECTURES
+BATCH_SIZE = 16
+LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)  # tokens
+SPAN = 256  # new tokens at the end of each length
+LONG, LONG_REPEATS = 8192, 3
+REFERENCES = ("Dense", "Mamba2", "GDN")  # whose lines CAT's cross
+
+PANELS = (
+    figures.Panel(
+        "tpot_s", "decode step at this length", "Step (ms)", "", low="tpot_s_low",
+        high="tpot_s_high", divisor=1e-3,
+    ),
+    figures.Panel("held_bytes", "weights and state", "Held (GiB)", "", divisor=tables.GIB),
+    figures.Panel(
+        "peak_bytes", "peak, prompt in one call", "Peak memory (GiB)", "", divisor=tables.GIB
+    ),
+    figures.Panel("ttft_s", "time to first token", "TTFT (s)", ""),
+)  # fmt: skip
+
+
+def plan(scale: str) -> list[Case]:
+    cases = [*at_lengths(scale), *fig3.plan(scale), *fig2.plan(scale)]
+    return list({case.key: case for case in cases}.values())
+
+
+def at_lengths(scale: str) -> list[Case]:
+    """The cases of the lines. Smoke takes Figure 3's: its pipeline is the same, its time short."""
+    if scale == "smoke":
+        return fig3.plan(scale)
+    return [
+        case
+        for length in LENGTHS
+        for case in _settings.timed_cases(
+            ARCHITECTURES, scale, [BATCH_SIZE], [length], prompt_len=length - SPAN,
+            repeats=LONG_REPEATS if length >= LONG else None,
+        )
+    ]  # fmt: skip
+
+
+def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
+    everything = _measured(records, scale)
+    rows = everything[everything["is_chosen"]] if len(everything) else everything
+    keys = {case.key for case in at_lengths(scale)}
+    lines = rows[rows["case"].isin(keys)] if len(rows) else rows
+    fastest = _one_run.best(everything, "tpot_s") if len(rows) else []
+    smallest = _one_run.best(everything, "held_bytes") if len(rows) else []
+    maps = [
+        _lines.Map("fastest per token", _map(fastest)),
+        _lines.Map("smallest weights and state", _map(smallest)),
+    ]
+    figure = _lines.line_figure(
+        lines, PANELS, figures.LENGTH, _caption(lines, scale), maps, scale == "smoke"
+    )
+    if rows.empty:
+        return Content((), figure, None)
+    made = (
+        _winners(fastest, smallest, rows, scale),
+        _crossings(everything, rows),
+        _measurements(lines),
+    )
+    return Content(made, figure, _plotted(rows))
+
+
+def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
+    """All closed rows of the device, with those of older runs: a ratio needs its own run's Dense.
+
+    "is_chosen" marks those of the newest run of each case, which are shown.
+    """
+    if "chosen" in records:
+        records = records.rename(columns={"chosen": "is_chosen"})
+    rows = _curves.measured(records, ARCHITECTURES, plan(scale), scale)
+    if rows.empty:
+        return rows
+    rows = rows.assign(is_chosen=rows.get("is_chosen", True))
+    if {"weights_bytes", "state_live_bytes"} <= set(rows):
+        rows = rows.assign(held_bytes=rows["weights_bytes"] + rows["state_live_bytes"])
+    if "tpot_s" not in rows:
+        return rows
+    rows = _one_run.with_interval(rows, "tpot_s")
+    return _one_run.with_ratio(rows, "tpot_s", "Dense", "faster")
+
+
+def _caption(lines: pd.DataFrame, scale: str) -> str:
+    says = _curves.caption(TITLE, lines, ARCHITECTURES, scale, PANELS)
+    if lines.empty or scale == "smoke":
+        return says
+    return (
+        f"{says} Lines: batch {BATCH_SIZE}, the prompt is all but the last {SPAN} tokens and is "
+        f"read in one call, so the peak holds its activations; time per token = mean step of the "
+        f"whole batch after it. From {LONG} tokens on {LONG_REPEATS} repeats. Maps: batch "
+        f"{BATCH_SIZE} as the lines, all others whole generations from a prompt of 8 (Figures 2 "
+        f"and 3); in each box the best and its margin to the second, both of one run; ~ = the "
+        f"interval of the margin holds 1."
+    )
+
+
+def _map(found: Sequence[_one_run.Best]) -> list[_lines.Won]:
+    """One per box: where a setting was measured in both ways, the longer prompt's, as the lines."""
+    by_box = {
+        (one.batch_size, one.seq_len): one for one in sorted(found, key=lambda b: b.prompt_len)
+    }
+    return [
+        _lines.Won(*box, one.label, _times(one.margin.median) + ("" if one.is_clear else " ~"))
+        for box, one in by_box.items()
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _winners(
+    fastest: Sequence[_one_run.Best],
+    smallest: Sequence[_one_run.Best],
+    rows: pd.DataFrame,
+    scale: str,
+) -> tables.Table:
+    by_setting = {one[:3]: one for one in smallest}
+    text, values = [], []
+    for quick in fastest:
+        small = by_setting.get(quick[:3])
+        line = {
+            "batch": str(quick.batch_size),
+            "length": _lines.tokens(quick.seq_len),
+            "prompt": str(quick.prompt_len),
+            "fastest": quick.label,
+            "ms/step": tables.milliseconds(quick.value),
+            "ahead of": _ahead(quick),
+            "smallest": small.label if small else "-",
+            "GiB": tables.gib(small.value) if small else "-",
+            "smaller than": _ahead(small) if small else "-",
+            "of": str(quick.num_compared),
+            "run": quick.run,
+        }
+        text.append(line)
+        values.append(
+            {
+                "batch_size": quick.batch_size,
+                "seq_len": quick.seq_len,
+                "prompt_len": quick.prompt_len,
+                **_values("fastest", "tpot_s", quick),
+                **(_values("smallest", "held_bytes", small) if small else {}),
+            }
+        )
+    notes = [
+        "fastest = least time per step of the whole batch; ahead of = the second, its time / the "
+        "first's with a 95 % interval, both of the run named; ~ = the interval holds 1.",
+        "smallest = least weights + live state while decoding. of = architectures compared.",
+        "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
+        *tables.failures(rows),
+    ]
+    notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
+    absent = _settings.missing(ARCHITECTURES, scale)
+    notes += [f"Not built yet: {', '.join(absent)}."] if absent else []
+    shown = pd.DataFrame(text), pd.DataFrame(values)
+    return tables.Table(shown[1], shown[0], _curves.heading(rows), tuple(notes), title=TITLE)
+
+
+def _ahead(one: _one_run.Best) -> str:
+    ratio, low, high, _ = one.margin
+    interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{one.second} {_times(ratio)}{interval}{'' if one.is_clear else ' ~'}"
+
+
+def _values(word: str, metric: str, one: _one_run.Best) -> dict[str, object]:
+    return {
+        word: one.label, metric: one.value, f"{word}_second": one.second,
+        f"{word}_margin": one.margin.median, f"{word}_run": one.run,
+    }  # fmt: skip
+
+
+def _crossings(everything: pd.DataFrame, rows: pd.DataFrame) -> tables.Table:
+    """CAT against each reference: time and memory, along each of the three measured lines."""
+    labels = list(dict.fromkeys(rows["label"]))
+    text = []
+    for subject in (label for label in labels if label.startswith("CAT-")):
+        for reference in (label for label in REFERENCES if label in labels):
+            line = {"subject": subject, "reference": reference}
+            for name, part, axis, write in _measured_lines(everything):
+                for metric, word in (("tpot_s", "time"), ("held_bytes", "memory")):
+                    line[f"{word}, {name}"] = _one_run.crossing(
+                        part, subject, reference, axis, metric, write
+                    )
+            text.append(line)
+    notes = (
+        "Between neighbouring measured points, both architectures of one run; interpolated in "
+        "log-log a crossing would be a point, which claims more than was measured.",
+        "time = per step; memory = weights + live state.",
+    )
+    frame = pd.DataFrame(text)
+    return tables.Table(
+        frame, frame, _curves.heading(rows), notes, title=f"{TITLE}: crossings", suffix="crossings"
+    )
+
+
+def _measured_lines(
+    rows: pd.DataFrame,
+) -> list[tuple[str, pd.DataFrame, str, Callable[[float], str]]]:
+    """(name, rows, x, how x is written): each batch over the length, each length over the batch."""
+    found = []
+    ways = (("batch_size", "seq_len", _lines.tokens), ("seq_len", "batch_size", "{:.0f}".format))
+    for fixed, x, write in ways:
+        for value, part in rows.groupby(fixed):
+            prompts = part["prompt_len"] != part["prompt_len"].min()
+            spans = part[prompts] if fixed == "batch_size" and prompts.any() else part[~prompts]
+            if spans[x].nunique() > 1:
+                written = _lines.tokens(value) if fixed == "seq_len" else str(value)
+                word = "batch" if fixed == "batch_size" else "length"
+                found.append((f"{word} {written}", spans, x, write))
+    return found
+
+
+LINE_COLUMNS = (
+    tables.Column("architecture", ("label",), str),
+    tables.Column("batch", ("batch_size",), tables.whole),
+    tables.Column("length", ("seq_len",), tables.whole),
+    tables.Column(
+        "ms/step [95 % CI]", ("tpot_s", "tpot_s_low", "tpot_s_high"),
+        tables.milliseconds_with_interval, min,
+    ),
+    tables.Column("vs Dense", ("faster", "faster_low", "faster_high"), tables.faster),
+    tables.Column("TTFT ms", ("ttft_s",), tables.milliseconds, min),
+    tables.Column("weights + state GiB", ("held_bytes",), tables.gib, min),
+    tables.Column("peak GiB", ("peak_bytes",), tables.gib, min),
+    tables.Column("n", ("n",), tables.whole),
+)  # fmt: skip
+
+
+def _measurements(lines: pd.DataFrame) -> tables.Table:
+    made = tables.table(lines, LINE_COLUMNS, ["batch_size", "seq_len"])
+    notes = (
+        "vs Dense = its median time per step / ours, both of one run.",
+        "peak = most reserved by the allocator, the prompt's activations included.",
+    )
+    return replace(
+        made, title=f"{TITLE}: the lines", heading=_curves.heading(lines), notes=notes,
+        suffix="lines",
+    )  # fmt: skip
+
+
+def _plotted(rows: pd.DataFrame) -> pd.DataFrame:
+    names = ["label", "batch_size", "seq_len", "prompt_len", "status", "device_name", "run"]
+    keys = [key for column in LINE_COLUMNS for key in column.keys]
+    return rows.reindex(columns=list(dict.fromkeys([*names, *keys]))).reset_index(drop=True)

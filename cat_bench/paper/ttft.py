@@ -1,0 +1,105 @@
+"""Time to first token at batch 1 over the prompt's length: what a user waits for.
+
+The prefill and the argmax after it, in a state that exists (evaluation_spec.md 4.1); 8 new tokens,
+so that the cases are short. CAT reads a prompt by its compressor, and its decoder sees one row per
+chunk; Dense reads every token. Ratios to Dense and to Dense-2D, which has the width of CAT's
+decoder, are of cases of one run.
+
+Try it: cat-bench paper ttft --scale smoke
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from cat_bench import figures, tables
+from cat_bench.case import Case
+from cat_bench.paper import _curves, _lines, _one_run, _settings
+from cat_bench.paper._settings import Content
+
+TITLE = "Time to first token over the prompt, batch 1"
+SUITES = ("efficiency",)
+ARCHITECTURES = _settings.ARCHITECTURES
+PROMPTS = (1024, 4096, 16_384, 32_768)  # tokens
+NEW_TOKENS = 8
+SMOKE_PROMPTS, SMOKE_LENGTH = (_settings.PROMPT_LEN, 56), 64  # the first is Figure 2's case
+PROMPT = figures.Axis("prompt_len", "Prompt (tokens)")
+PANELS = (
+    figures.Panel(
+        "ttft_s", "time to first token", "TTFT (ms)", "", low="ttft_s_low", high="ttft_s_high",
+        divisor=1e-3,
+    ),
+    figures.Panel(
+        "sooner", "Dense's time / this one's", "Ratio to Dense (x)", "", True, "sooner_low",
+        "sooner_high",
+    ),
+)  # fmt: skip
+
+
+def plan(scale: str) -> list[Case]:
+    is_smoke = scale == "smoke"
+    return [
+        case
+        for prompt in (SMOKE_PROMPTS if is_smoke else PROMPTS)
+        for seq_len in [SMOKE_LENGTH if is_smoke else prompt + NEW_TOKENS]
+        for case in _settings.timed_cases(ARCHITECTURES, scale, [1], [seq_len], prompt)
+    ]
+
+
+def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
+    rows = _measured(records, scale)
+    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS)
+    figure = _lines.line_figure(rows, PANELS, PROMPT, says, is_smoke=scale == "smoke")
+    if rows.empty:
+        return Content((), figure, None)
+    return Content((_table(rows, scale),), figure, _plotted(rows))
+
+
+def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
+    """Rows of the newest run of each case; the other runs' serve as references of their own."""
+    if "chosen" in records:
+        records = records.rename(columns={"chosen": "is_chosen"})
+    rows = _curves.measured(records, ARCHITECTURES, plan(scale), scale)
+    if rows.empty or "ttft_s" not in rows:
+        return rows
+    rows = _one_run.with_interval(rows, "ttft_s")
+    rows = _one_run.with_ratio(rows, "ttft_s", "Dense", "sooner")
+    rows = _one_run.with_ratio(rows, "ttft_s", "Dense-2D", "sooner_2d")
+    rows = rows[rows["is_chosen"]] if "is_chosen" in rows else rows
+    return rows.sort_values("prompt_len", kind="stable").reset_index(drop=True)
+
+
+COLUMNS = (
+    tables.Column("architecture", ("label",), str),
+    tables.Column("prompt", ("prompt_len",), tables.whole),
+    tables.Column(
+        "TTFT ms [95 % CI]", ("ttft_s", "ttft_s_low", "ttft_s_high"),
+        tables.milliseconds_with_interval, min,
+    ),
+    tables.Column("vs Dense", ("sooner", "sooner_low", "sooner_high"), tables.faster),
+    tables.Column(
+        "vs Dense-2D", ("sooner_2d", "sooner_2d_low", "sooner_2d_high"), tables.faster
+    ),
+    tables.Column("peak GiB", ("peak_bytes",), tables.gib, min),
+    tables.Column("n", ("n",), tables.whole),
+)  # fmt: skip
+
+
+def _table(rows: pd.DataFrame, scale: str) -> tables.Table:
+    made = tables.table(rows, COLUMNS, ["prompt_len"])
+    notes = [
+        "TTFT = prefill of the prompt and the choice of the first new token, median. vs Dense, "
+        "vs Dense-2D = their median / ours, same prompt, same run, 95 % interval.",
+        *tables.failures(rows),
+    ]
+    notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
+    absent = _settings.missing(ARCHITECTURES, scale)
+    notes += [f"Not built yet: {', '.join(absent)}."] if absent else []
+    return replace(made, title=TITLE, heading=_curves.heading(rows), notes=tuple(notes))
+
+
+def _plotted(rows: pd.DataFrame) -> pd.DataFrame:
+    names = ["label", "batch_size", "seq_len", "status", "device_name", "run"]
+    keys = [key for column in COLUMNS for key in column.keys]
+    return rows.reindex(columns=list(dict.fromkeys([*names, *keys])))
