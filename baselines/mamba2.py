@@ -179,7 +179,9 @@ class Model(LanguageModel):
         if self.decode_path == "eager":
             return self._read(tokens, state, chunked_scan)
         most = self._upstream_batch(tokens.shape[1])
-        columns, matrices = (buffer.split(most, dim=1) for buffer in (state.columns, state.matrices))
+        columns, matrices = (
+            buffer.split(most, dim=1) for buffer in (state.columns, state.matrices)
+        )
         parts = zip(tokens.split(most), columns, matrices, strict=True)
         return torch.cat([self._read_upstream(*part) for part in parts]), state
 
@@ -505,9 +507,7 @@ def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Ten
     return found
 
 
-def upstream_generate(
-    model: Model, float32_state: bool = False
-) -> Callable[[Tensor, int], Tensor]:
+def upstream_generate(model: Model, float32_state: bool = False) -> Callable[[Tensor, int], Tensor]:
     """mamba-ssm's own model and decoding loop on our weights: (prompt (b, p), seq_len) -> (b,
     seq_len) tokens, greedy, its step a CUDA graph. What our loop is measured against.
 
