@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
-from cat_bench.graph import CapturedStep, normed_linear
+from cat_bench.graph import CapturedStep, rms_norm
 from cat_bench.language_model import LanguageModel
 from cat_bench.upstream import import_mamba_ssm
 
@@ -159,7 +159,7 @@ class Model(LanguageModel):
             x = self.embed(token)  # (b, d)
             for block, *memory in zip(self.blocks, rates, columns, matrices, strict=True):
                 x = upstream_step(block, x, *memory)
-            return normed_linear(x, self.norm, self.head.weight)
+            return self.head(rms_norm(x, self.norm))
 
         if self.decode_path == "upstream":
             return run
@@ -439,7 +439,7 @@ def upstream_step(
 
     mixer, c = block.mixer, block.mixer.config
     e, n = c.headdim, c.d_state
-    z, xbc, dt = normed_linear(x, block.norm, mixer.in_proj.weight).split(mixer.parts, dim=-1)
+    z, xbc, dt = mixer.in_proj(rms_norm(x, block.norm)).split(mixer.parts, dim=-1)
     filters = mixer.conv1d.weight[:, 0]  # (m, w)
     xbc = kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
     inner, key, query = xbc.split([c.inner_width, n, n], dim=-1)
@@ -455,9 +455,7 @@ def upstream_step(
         dt_softplus=True,
     )
     y = upstream_gate(mixer, y.flatten(1), z)
-    if len(x) <= kernels.FEW_ROWS:
-        return kernels.few_rows_linear(y, mixer.out_proj.weight, add_to=x)
-    return x.addmm_(y, mixer.out_proj.weight.T)
+    return x.addmm_(y, mixer.out_proj.weight.T)  # the residual rides in the matmul
 
 
 def upstream_gate(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:

@@ -19,13 +19,12 @@ def import_mamba_ssm(with_conv1d: bool = False) -> None:
     built an empty module takes its place: Mamba-1, which nothing here uses, would fail.
     Raises UserError where mamba-ssm, or `with_conv1d` a compiled causal-conv1d, is missing.
     """
-    _require("mamba_ssm", "mamba_ssm")
+    spec = _require("mamba_ssm", "mamba_ssm")
     if with_conv1d:
         _require("causal_conv1d", "causal_conv1d_cuda")
     if "mamba_ssm" not in sys.modules:
-        spec = importlib.util.find_spec("mamba_ssm")
         package = ModuleType("mamba_ssm")
-        package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations)
+        package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ())
         sys.modules["mamba_ssm"] = package
     if importlib.util.find_spec("selective_scan_cuda") is None:
         empty = ModuleType("selective_scan_cuda")
@@ -33,9 +32,11 @@ def import_mamba_ssm(with_conv1d: bool = False) -> None:
         sys.modules["selective_scan_cuda"] = empty
 
 
-def _require(package: str, module: str) -> None:
-    if importlib.util.find_spec(module) is None:
+def _require(package: str, module: str) -> ModuleSpec:
+    spec = importlib.util.find_spec(module)
+    if spec is None:
         raise UserError(
             f"this path of Mamba2 needs the package {package}, and there is no module '{module}'.",
             f"Install it: {install_command(package)}",
         )
+    return spec

@@ -117,11 +117,10 @@ def test_gradients(d_state: int, autocast: bool) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("d_state", D_STATES)
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("batch_size", [3, 40])
-def test_64_steps(path: str, d_state: int, dtype: str, bound: float, batch_size: int) -> None:
-    """Batches on both sides of kernels.FEW_ROWS, after a prompt of 5 tokens; S as well."""
+def test_64_steps(path: str, d_state: int, dtype: str, bound: float) -> None:
+    """After a prompt of 5 tokens: the logits, and what the state then holds."""
     eager, fast = models(dtype, d_state, decode_path=path)
-    tokens = tokens_of(batch_size, 69)
+    tokens = tokens_of(3, 69)
     (got, state), (expected, exact) = (contract.decode(m, tokens, [5]) for m in (fast, eager))
     assert contract.relative_norm(got, expected) < bound
     assert state.matrices.dtype == torch.float32
