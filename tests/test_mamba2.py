@@ -313,13 +313,14 @@ def test_impossible_settings_are_refused(key: str, value: int, reason: str) -> N
 
 
 @pytest.fixture
-def no_memory_of_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_memory_of_imports() -> Iterator[None]:
     """The import is done anew, and forgotten after the test."""
-    import_mamba_ssm.cache_clear()
-    for name in [*sys.modules]:
-        if name.split(".")[0] in ("mamba_ssm", "selective_scan_cuda"):
-            monkeypatch.delitem(sys.modules, name)
+    forget_imports()
     yield
+    forget_imports()
+
+
+def forget_imports() -> None:
     import_mamba_ssm.cache_clear()
     for name in [*sys.modules]:
         if name.split(".")[0] in ("mamba_ssm", "selective_scan_cuda"):

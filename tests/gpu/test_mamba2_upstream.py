@@ -41,15 +41,31 @@ PATHS = ["upstream", "upstream_graph"]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def exact_float32() -> Iterator[None]:
-    """Exact products in PyTorch and, while kernels compile, in Triton."""
+def exact_and_quick() -> Iterator[None]:
+    """Exact float32 in PyTorch and in Triton, and one configuration per kernel.
+
+    Upstream's kernels are imported anew, since compiled ones stay; in what it calls deterministic
+    mode they come without autotuning, which takes minutes per size and moves no result.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         patch.setenv("TRITON_F32_DEFAULT", "tf32x3")
+        forget_upstream()
+        with pytest.MonkeyPatch.context() as during_import:
+            during_import.setenv("MAMBA_DETERMINISTIC", "1")
+            import_mamba_ssm()
+            importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
         yield
+        forget_upstream()
     torch.set_float32_matmul_precision(precision)
+
+
+def forget_upstream() -> None:
+    import_mamba_ssm.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]
 
 
 def models(dtype: str, d_state: int, **fast: str) -> tuple[mamba2.Model, mamba2.Model]:
@@ -152,7 +168,7 @@ def test_large_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_float32_as_shipped() -> None:
     """In a process of its own, since compiled kernels stay: TF32 products, a bound of 2e-3."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_F32_DEFAULT"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "MAMBA_DETERMINISTIC": "1"}
     script = (
         "import contract, test_mamba2_upstream as own\n"
         "eager, fast = own.models('float32', 128, decode_path='upstream')\n"
