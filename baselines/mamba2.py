@@ -148,11 +148,14 @@ class Model(LanguageModel):
         return columns, like.new_zeros(shape, dtype=self.scan_dtype)
 
     def _upstream_step(self, columns: Tensor, matrices: Tensor) -> Callable | None:
-        """The step as one function of (token, row), which changes the buffers; None: eager."""
+        """The step as one function of (token, row), which changes the buffers; None: eager.
+
+        A is computed here, from the weights as they now are.
+        """
         if self.decode_path == "eager":
             return None
         import_mamba_ssm()
-        rates = [decay_rates(block.mixer).detach() for block in self.blocks]  # once, not per token
+        rates = [decay_rates(block.mixer).detach() for block in self.blocks]
 
         @torch.no_grad()
         def run(token: Tensor, row: Tensor | int) -> Tensor:
@@ -164,7 +167,8 @@ class Model(LanguageModel):
         if self.decode_path == "upstream":
             return run
         captured = CapturedStep(run, columns.shape[1], columns.device)
-        columns.zero_(), matrices.zero_()  # capturing warms up, and so has read some tokens
+        columns.zero_()  # capturing warms up, and so has read some tokens
+        matrices.zero_()
         return captured
 
     @property
