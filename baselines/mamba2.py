@@ -9,15 +9,21 @@ convolution over the last w tokens and SiLU change (x, B, C). Then, per head, wi
     out  = out_proj(RMSNorm(y * silu(z)))                      one RMSNorm over all heads
 
 State: S and the last w inputs of the convolution, per layer; it does not grow with the sequence. S
-and all sums of the scan are float32 in float32 and bfloat16 models, as upstream keeps them, and
-float64 in float64 models, whatever autocast says. So a bfloat16 model holds 25.61 MB per sequence
-where the table of evaluation_spec.md 4.4, at two bytes per element, says 13.03: its matrix part is
-doubled. The inputs of the convolution have the model's dtype; w = 4 of them are kept, as upstream
-does, although the next token needs three.
+and all sums of the scan are float32 in float32 and bfloat16 models, and float64 in float64 models,
+whatever autocast says. So a bfloat16 model holds 25.61 MB per sequence where the table of
+evaluation_spec.md 4.4, at two bytes per element, says 13.03: its matrix part is doubled. (Upstream
+computes in float32 too, but its `generate` stores S in the model's dtype, rounded at every token.)
+The inputs of the convolution have the model's dtype; w = 4 of them are kept, as upstream does,
+although the next token needs three.
 
-Weights from mamba-ssm are a rename: names and layouts inside `mixer` are those of its Mamba2 (one
-group; rows of in_proj: z, x, B, C, dt; channels of conv1d: x, B, C). Around it backbone.embedding
-is `embed`, backbone.layers.I `blocks.I`, backbone.norm_f `norm`, lm_head `head`.
+Paths on the authors' kernels (mamba-ssm, Triton), each equal to the eager path but for rounding.
+Their scan multiplies float32 in TF32 and their softplus is log(1 + exp): 1e-3 off in float32.
+    forward  upstream        what upstream trains with: convolution, scan, gate, norm and out_proj
+                             as one autograd function; needs causal-conv1d too
+    decode   upstream        prompt: their chunked scan after PyTorch's convolution; token: their
+                             state update, between our convolution step and their gated norm
+             upstream_graph  the same, with the step of a token captured as one CUDA graph
+`upstream_generate` is mamba-ssm's whole model with its own loop, as a reference for ours.
 
 Shapes: b batch, t tokens, d width, i inner width (expand d), h heads, e head width, n d_state,
 w conv width, m conv channels (i + 2n), k chunks, c chunk size of the scan, l layers, v vocabulary.
@@ -33,14 +39,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
+from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
+from cat_bench.graph import CapturedStep, rms_norm
+from cat_bench.language_model import LanguageModel
+from cat_bench.upstream import import_mamba_ssm
 
 PRESETS = {
     "mamba2-16": {"d_state": 16},
     "mamba2-32": {"d_state": 32},
     "mamba2-64": {"d_state": 64},
 }
+REQUIRES = {"upstream": "mamba_ssm", "upstream_graph": "mamba_ssm"}
+TINY = {"headdim": 16}  # for the contract: 8 heads, and strides that causal-conv1d takes
+
 SCAN_CHUNK = 64  # tokens; moves the scan's time and memory, not its result
+UPSTREAM_CHUNK = 256  # the same of the authors' scan: their default
+UPSTREAM_ELEMENTS = 2**31 - 1  # their kernels address with 32 bits
 DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at initialisation
 A_RANGE = (1.0, 16.0)  # of -A at initialisation
 LEAST = {"vocab_size": 2} | dict.fromkeys(
@@ -49,6 +63,13 @@ LEAST = {"vocab_size": 2} | dict.fromkeys(
 
 Layer = tuple[Tensor, Tensor, Tensor]  # its output and the new state: columns, matrix
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+UPSTREAM_NAMES = {  # ours: mamba-ssm's MambaLMHeadModel; inside a mixer the names are the same
+    "embed.": "backbone.embedding.",
+    "blocks.": "backbone.layers.",
+    "norm.": "backbone.norm_f.",
+    "head.": "lm_head.",
+}
 
 
 @dataclass(frozen=True)
@@ -92,57 +113,86 @@ class Config:
 class State(NamedTuple):
     columns: Tensor  # (l, b, w, m): the last inputs of the convolution, oldest first
     matrices: Tensor  # (l, b, h, e, n): S, float32 at least
+    run: Callable[[Tensor, int], Tensor] | None  # beyond eager: the step, tied to these buffers
 
 
-class Model(nn.Module):
-    decode_paths = ("eager",)
-    max_len = None  # the state has one size
+class Model(LanguageModel):
+    decode_paths = ("eager", "upstream", "upstream_graph")
+    forward_paths = ("eager", "upstream")
 
-    def __init__(self, config: Config, decode_path: str = "eager"):
-        super().__init__()
-        self.config, self.decode_path = config, decode_path
-        c = config
-        self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding
-        self.init_weights()
+    def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
+        blocks = (Block(config) for _ in range(config.num_layers))
+        super().__init__(config, blocks, decode_path, forward_path)
 
-    def init_weights(self) -> None:
-        for table in (self.embed, self.head):
-            nn.init.normal_(table.weight, std=(2 / (5 * self.config.width)) ** 0.5)
-        for block in self.blocks:
-            block.mixer.init_weights(self.config.num_layers)
-
-    def forward(self, tokens: Tokens) -> Logits:
-        columns, matrix = self._zeros(len(tokens))  # every layer starts from them
+    def hidden(self, tokens: Tokens) -> Tensor:
         x = self.embed(tokens)  # (b, t, d)
-        for block in self.blocks:
-            x, _, _ = block(x, columns, matrix, chunked_scan)
-        return self.head(self.norm(x))  # (b, t, v)
+        if self.forward_path == "upstream":
+            import_mamba_ssm(with_conv1d=True)
+            self._check_upstream_size(*tokens.shape)
+            for block in self.blocks:
+                x = x + upstream_mixer(block.mixer, block.norm(x))
+        else:
+            columns, matrix = self._zeros(len(tokens))  # every layer starts from them
+            for block in self.blocks:
+                x, _, _ = block(x, columns, matrix, chunked_scan)
+        return self.norm(x)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
-        return self._zeros(self.config.num_layers, batch_size)
+        columns, matrices = self._zeros(self.config.num_layers, batch_size)
+        return State(columns, matrices, self._upstream_step(columns, matrices))
 
-    def _zeros(self, *batch: int) -> State:
+    def _zeros(self, *batch: int) -> tuple[Tensor, Tensor]:
         c, like = self.config, self.head.weight
         columns = like.new_zeros(*batch, c.conv_width, c.conv_channels)
         shape = (*batch, c.num_heads, c.headdim, c.d_state)
-        return State(columns, like.new_zeros(shape, dtype=self.scan_dtype))
+        return columns, like.new_zeros(shape, dtype=self.scan_dtype)
+
+    def _upstream_step(self, columns: Tensor, matrices: Tensor) -> Callable | None:
+        """The step as one function of (token, row), which changes the buffers; None: eager.
+
+        A is computed here, from the weights as they now are.
+        """
+        if self.decode_path == "eager":
+            return None
+        import_mamba_ssm()
+        rates = [decay_rates(block.mixer).detach() for block in self.blocks]
+
+        @torch.no_grad()
+        def run(token: Tensor, row: Tensor | int) -> Tensor:
+            x = self.embed(token)  # (b, d)
+            for block, *memory in zip(self.blocks, rates, columns, matrices, strict=True):
+                x = upstream_step(block, x, *memory)
+            return self.head(rms_norm(x, self.norm))
+
+        if self.decode_path == "upstream":
+            return run
+        captured = CapturedStep(run, columns.shape[1], columns.device)
+        columns.zero_()  # capturing warms up, and so has read some tokens
+        matrices.zero_()
+        return captured
 
     @property
     def scan_dtype(self) -> torch.dtype:
         return torch.promote_types(self.head.weight.dtype, torch.float32)
 
     def reset(self, state: State) -> State:
-        return State(state.columns.zero_(), state.matrices.zero_())
+        return state._replace(columns=state.columns.zero_(), matrices=state.matrices.zero_())
 
     def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
         """Read `tokens` into the state; return the logits of the token after the last one."""
-        return self._read(tokens, state, chunked_scan)
+        if self.decode_path == "eager":
+            return self._read(tokens, state, chunked_scan)
+        most = self._upstream_batch(tokens.shape[1])
+        columns, matrices = (
+            buffer.split(most, dim=1) for buffer in (state.columns, state.matrices)
+        )
+        parts = zip(tokens.split(most), columns, matrices, strict=True)
+        return torch.cat([self._read_upstream(*part) for part in parts]), state
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        return self._read(token[:, None], state, recurrence)
+        if state.run is None:
+            return self._read(token[:, None], state, recurrence)
+        return state.run(token, 0), state
 
     def _read(self, tokens: Tensor, state: State, scan: Scan) -> tuple[Tensor, State]:
         x = self.embed(tokens)  # (b, t, d)
@@ -152,16 +202,30 @@ class Model(nn.Module):
             matrix.copy_(new_matrix)
         return self.head(self.norm(x[:, -1])), state
 
-    def step_kind(self, num_tokens: int) -> str:
-        return "step"
+    def _read_upstream(self, tokens: Tensor, columns: Tensor, matrices: Tensor) -> Tensor:
+        x = self.embed(tokens)  # (b, t, d)
+        for block, *memory in zip(self.blocks, columns, matrices, strict=True):
+            x = x + upstream_read(block.mixer, block.norm(x), *memory)
+        return self.head(self.norm(x[:, -1]))
 
-    @property
-    def num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+    def _upstream_batch(self, num_tokens: int) -> int:
+        """How many sequences the authors' kernels can address: past it they would read elsewhere.
 
-    @property
-    def num_params_non_embedding(self) -> int:
-        return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
+        Per sequence the largest tensors are in_proj's output, S after every chunk, and the products
+        of B and C inside the chunks.
+        """
+        c, chunks = self.config, math.ceil(num_tokens / UPSTREAM_CHUNK)
+        per_chunk = max(c.inner_width * c.d_state, UPSTREAM_CHUNK**2)
+        largest = max(num_tokens * sum(self.blocks[0].mixer.parts), chunks * per_chunk)
+        return max(1, UPSTREAM_ELEMENTS // largest)
+
+    def _check_upstream_size(self, batch_size: int, num_tokens: int) -> None:
+        most = self._upstream_batch(num_tokens)
+        if batch_size > most:
+            raise ValueError(
+                f"forward path upstream takes at most {most} sequences of {num_tokens} tokens at "
+                f"once, got {batch_size}: use smaller batches, or forward path eager."
+            )
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
         """layers x batch x (inner width x d_state in float32 + conv width x channels)."""
@@ -169,9 +233,6 @@ class Model(nn.Module):
         matrices = c.inner_width * c.d_state * self.scan_dtype.itemsize
         columns = c.conv_width * c.conv_channels * like.itemsize
         return c.num_layers * batch_size * (matrices + columns)
-
-    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
-        return self.state_bytes(batch_size, seq_len)
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix and filter once, 2 FLOP per weight. State: read and written, 4 FLOP
@@ -197,6 +258,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, columns: Tensor, matrix: Tensor, scan: Scan) -> Layer:
         out, columns, matrix = self.mixer(self.norm(x), columns, matrix, scan)
         return x + out, columns, matrix
+
+    def init_weights(self, num_layers: int) -> None:
+        self.mixer.init_weights(num_layers)
 
 
 class Mixer(nn.Module):
@@ -311,3 +375,179 @@ def pair_decay(log_decay: Tensor) -> Tensor:
     sums = log_decay[..., None].expand(*log_decay.shape, size).tril(-1).cumsum(-2)
     later = torch.ones(size, size, dtype=torch.bool, device=sums.device).triu(1)
     return sums.masked_fill(later, float("-inf")).exp()
+
+
+# --- the authors' kernels: import_mamba_ssm() comes before all of these --------------------------
+
+
+def upstream_mixer(mixer: Mixer, u: Tensor) -> Tensor:
+    """A layer over whole sequences, with gradients. (b, t, d) -> (b, t, d)."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+    return mamba_split_conv1d_scan_combined(
+        mixer.in_proj(u),
+        mixer.conv1d.weight[:, 0],
+        mixer.conv1d.bias,
+        mixer.dt_bias,
+        decay_rates(mixer),
+        mixer.D,
+        chunk_size=UPSTREAM_CHUNK,
+        activation="silu",
+        rmsnorm_weight=mixer.norm.weight,
+        rmsnorm_eps=mixer.norm.eps,
+        outproj_weight=mixer.out_proj.weight,
+        headdim=mixer.config.headdim,
+        norm_before_gate=False,
+    )
+
+
+def upstream_read(mixer: Mixer, u: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:
+    """A layer over a segment of a prompt. u (b, t, d) -> (b, t, d); changes columns (b, w, m) and
+    matrix (b, h, e, n) in place.
+    """
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    c = mixer.config
+    z, xbc, dt = mixer.in_proj(u).split(mixer.parts, dim=-1)
+    seen = torch.cat([columns, xbc], dim=1)  # (b, w + t, m)
+    columns.copy_(seen[:, -c.conv_width :])
+    xbc = F.silu(mixer.conv1d(seen[:, 1:].transpose(1, 2)).transpose(1, 2))  # (b, t, m)
+    x, key, query = xbc.split([c.inner_width, c.d_state, c.d_state], dim=-1)
+    y, last = mamba_chunk_scan_combined(
+        x.unflatten(-1, (c.num_heads, c.headdim)),
+        dt,
+        decay_rates(mixer),
+        key[:, :, None],  # (b, t, one group, n)
+        query[:, :, None],
+        chunk_size=UPSTREAM_CHUNK,
+        D=mixer.D,
+        dt_bias=mixer.dt_bias,
+        dt_softplus=True,
+        initial_states=matrix,
+        return_final_states=True,
+    )
+    matrix.copy_(last)
+    return mixer.out_proj(upstream_gate(mixer, y.flatten(2), z))
+
+
+def upstream_step(
+    block: Block, x: Tensor, rates: Tensor, columns: Tensor, matrix: Tensor
+) -> Tensor:
+    """A block for one token: x (b, d) is changed in place and returned, as are columns and matrix.
+
+    The views of stride 0 tell the authors' kernel that one decay serves a whole head.
+    """
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    from cat_bench import kernels
+
+    mixer, c = block.mixer, block.mixer.config
+    e, n = c.headdim, c.d_state
+    z, xbc, dt = mixer.in_proj(rms_norm(x, block.norm)).split(mixer.parts, dim=-1)
+    filters = mixer.conv1d.weight[:, 0]  # (m, w)
+    xbc = kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
+    inner, key, query = xbc.split([c.inner_width, n, n], dim=-1)
+    y = selective_state_update(
+        matrix,
+        inner.unflatten(-1, (c.num_heads, e)),
+        dt[..., None].expand(-1, -1, e),
+        rates[:, None, None].expand(-1, e, n),
+        key[:, None],  # (b, one group, n)
+        query[:, None],
+        D=mixer.D[:, None].expand(-1, e),
+        dt_bias=mixer.dt_bias[:, None].expand(-1, e),
+        dt_softplus=True,
+    )
+    y = upstream_gate(mixer, y.flatten(1), z)
+    return x.addmm_(y, mixer.out_proj.weight.T)  # the residual rides in the matmul
+
+
+def upstream_gate(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
+    """RMSNorm(y * silu(z)) of (..., i), in one kernel."""
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    norm = mixer.norm
+    return rmsnorm_fn(y, norm.weight, None, z=z, eps=norm.eps, norm_before_gate=False)
+
+
+def decay_rates(mixer: Mixer) -> Tensor:
+    """A (h,), negative, in float32."""
+    return -mixer.A_log.float().exp()
+
+
+# --- mamba-ssm's whole model ---------------------------------------------------------------------
+
+
+def from_upstream(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state_dict of a MambaLMHeadModel's with Mamba2 layers; the tensors are shared.
+
+    A head tied to the embedding may be missing there; ours becomes a copy. The tables keep their
+    rows, padding included: vocab_size is their number.
+    """
+    names = {theirs: ours for ours, theirs in UPSTREAM_NAMES.items()}
+    found = _renamed(weights, names)
+    if "head.weight" not in found:
+        found["head.weight"] = found["embed.weight"].clone()
+    return found
+
+
+def to_upstream(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of an untied MambaLMHeadModel with our weights; the tensors are shared."""
+    return _renamed(weights, UPSTREAM_NAMES)
+
+
+def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in weights.items():
+        old = next((old for old in names if name.startswith(old)), None)
+        if old is None:
+            raise ValueError(
+                f"no weight of a Mamba-2 model is called '{name}'; "
+                f"expected a name that begins with one of {', '.join(names)}"
+            )
+        found[names[old] + name.removeprefix(old)] = value
+    return found
+
+
+def upstream_generate(model: Model, float32_state: bool = False) -> Callable[[Tensor, int], Tensor]:
+    """mamba-ssm's own model and decoding loop on our weights: (prompt (b, p), seq_len) -> (b,
+    seq_len) tokens, greedy, its step a CUDA graph. What our loop is measured against.
+
+    Its settings are its fastest: kernels that fuse residual and norm, float32 residuals, and S
+    stored in the model's dtype: in bfloat16 half the bytes of ours. `float32_state` stores S as we
+    do, so that both loops move the same bytes; all else stays theirs.
+    """
+    import_mamba_ssm(with_conv1d=True)
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    c, like = model.config, model.head.weight
+    if c.norm_eps != 1e-5:
+        raise ValueError(f"mamba-ssm's model has norm_eps 1e-5 built in, got {c.norm_eps}.")
+    layer = {"layer": "Mamba2", "d_state": c.d_state, "d_conv": c.conv_width}
+    config = MambaConfig(
+        d_model=c.width,
+        n_layer=c.num_layers,
+        vocab_size=c.vocab_size,
+        ssm_cfg=layer | {"expand": c.expand, "headdim": c.headdim},
+        rms_norm=True,
+        residual_in_fp32=True,
+        fused_add_norm=True,
+        pad_vocab_size_multiple=1,
+        tie_embeddings=False,
+    )
+    theirs = MambaLMHeadModel(config, device="meta", dtype=like.dtype).eval()
+    theirs.load_state_dict(to_upstream(model.state_dict()), assign=True)  # shared, not copied
+    if float32_state:
+        allocate = theirs.allocate_inference_cache
+
+        def allocate_float32(*args: object, **options: object) -> dict[int, tuple[Tensor, Tensor]]:
+            buffers = allocate(*args, **options)
+            return {i: (columns, matrix.float()) for i, (columns, matrix) in buffers.items()}
+
+        theirs.allocate_inference_cache = allocate_float32
+
+    def run(prompt: Tensor, seq_len: int) -> Tensor:
+        return theirs.generate(prompt, max_length=seq_len, top_k=1, cg=True)
+
+    return run

@@ -5,7 +5,11 @@ compared with formulas that share no code with baselines/mamba2.py. Sources of t
 cat_spec.md 1.6 (parameters) and 5 (FLOPs, decode traffic), evaluation_spec.md 4.4 (state).
 """
 
+import importlib.util
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import contract
 import pytest
@@ -15,6 +19,8 @@ from torch import Tensor
 from baselines import mamba2
 from cat_bench import spec
 from cat_bench.architecture import Architecture, build, generation_flops, step_flops
+from cat_bench.errors import UserError
+from cat_bench.upstream import import_mamba_ssm
 
 
 def planned(text: str, dtype: str = "bfloat16") -> Architecture:
@@ -301,6 +307,133 @@ def spec_config(text: str) -> mamba2.Config:
 def test_impossible_settings_are_refused(key: str, value: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         mamba2.Config(**{key: value})
+
+
+# --- the authors' packages and weights; tests/gpu/test_mamba2_upstream.py runs their kernels
+
+
+@pytest.fixture
+def no_memory_of_imports() -> Iterator[None]:
+    """The import is done anew, and forgotten after the test."""
+    forget_imports()
+    yield
+    forget_imports()
+
+
+def forget_imports() -> None:
+    import_mamba_ssm.cache_clear()
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("mamba_ssm", "selective_scan_cuda"):
+            del sys.modules[name]
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in names else found(name)
+    )
+
+
+@pytest.mark.usefixtures("no_memory_of_imports")
+def test_a_missing_package_is_told_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking(monkeypatch, "mamba_ssm")
+    for path in mamba2.Model.decode_paths[1:]:
+        model = mamba2.Model(tiny().config, decode_path=path)
+        with pytest.raises(UserError, match="(?s)package mamba_ssm.*pip install .*mamba-ssm=="):
+            model.init_state(2, 8)
+    with pytest.raises(UserError, match="package mamba_ssm"):
+        mamba2.Model(tiny().config, forward_path="upstream")(tokens_of(1, 4))
+
+
+@pytest.mark.usefixtures("no_memory_of_imports")
+def test_mamba_ssm_is_imported_without_its_own_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stand-in whose __init__ fails, as upstream's does without the extension of Mamba-1."""
+    (tmp_path / "mamba_ssm" / "ops").mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('selective_scan')")
+    (tmp_path / "mamba_ssm" / "ops" / "part.py").write_text("import selective_scan_cuda")
+    monkeypatch.syspath_prepend(tmp_path)
+    lacking(monkeypatch, "causal_conv1d_cuda")
+    import_mamba_ssm()
+    assert importlib.import_module("mamba_ssm.ops.part").selective_scan_cuda
+    for needs_conv1d in (
+        lambda: mamba2.Model(tiny().config, forward_path="upstream")(tokens_of(1, 4)),
+        lambda: mamba2.upstream_generate(tiny()),
+    ):
+        with pytest.raises(UserError, match="(?s)package causal_conv1d.*causal-conv1d=="):
+            needs_conv1d()
+
+
+def test_the_authors_kernels_are_not_asked_for_more_than_they_address() -> None:
+    model = mamba2.Model(mamba2.Config(num_layers=1, vocab_size=8), forward_path="upstream")
+    assert model._upstream_batch(4096) == (2**31 - 1) // (4096 * 4384) == 119
+    assert model._upstream_batch(1) == (2**31 - 1) // (2048 * 128)
+    assert model._upstream_batch(10**9) == 1
+    model._check_upstream_size(119, 4096)
+    with pytest.raises(ValueError, match="at most 119 sequences of 4096 tokens at once, got 120"):
+        model._check_upstream_size(120, 4096)
+
+
+def test_weights_to_mamba_ssm_and_back() -> None:
+    model, tokens = tiny(), tokens_of(1, 9)
+    ours = model.state_dict()
+    theirs = mamba2.to_upstream(ours)
+    outside = {"backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"}
+    assert {name for name in theirs if not name.startswith("backbone.layers.")} == outside
+    first = {name for name in theirs if name.startswith("backbone.layers.0.")}
+    assert {name.removeprefix("backbone.layers.0.") for name in first} == {
+        "norm.weight", "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias",
+        "mixer.dt_bias", "mixer.A_log", "mixer.D", "mixer.norm.weight", "mixer.out_proj.weight",
+    }  # fmt: skip
+    back = mamba2.from_upstream(theirs)
+    assert back.keys() == ours.keys()
+    assert all(back[name] is ours[name] for name in ours)
+    fresh = tiny(seed=3)
+    fresh.load_state_dict(back)
+    assert torch.equal(fresh(tokens), model(tokens))
+
+
+def test_a_tied_head_becomes_a_copy_of_the_embedding() -> None:
+    theirs = mamba2.to_upstream(tiny().state_dict())
+    del theirs["lm_head.weight"]
+    ours = mamba2.from_upstream(theirs)
+    assert torch.equal(ours["head.weight"], ours["embed.weight"])
+    assert ours["head.weight"].data_ptr() != ours["embed.weight"].data_ptr()
+
+
+def test_foreign_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="called 'transformer.wte.weight'; expected .*backbone"):
+        mamba2.from_upstream({"transformer.wte.weight": torch.zeros(1)})
+
+
+def test_logits_equal_those_of_transformers() -> None:
+    """An independent Mamba-2 in plain PyTorch, which reads mamba-ssm's weights but for one name."""
+    reason = "transformers is an optional package"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    model = tiny(conv_width=3).float()
+    c = model.config
+    config = transformers.Mamba2Config(
+        num_heads=c.num_heads,
+        head_dim=c.headdim,
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        state_size=c.d_state,
+        num_hidden_layers=c.num_layers,
+        layer_norm_epsilon=c.norm_eps,
+        expand=c.expand,
+        conv_kernel=c.conv_width,
+        n_groups=1,
+        chunk_size=8,
+        tie_word_embeddings=False,
+    )
+    theirs = transformers.Mamba2ForCausalLM(config).eval()
+    weights = mamba2.to_upstream(model.state_dict())
+    weights["backbone.embeddings.weight"] = weights.pop("backbone.embedding.weight")
+    theirs.load_state_dict(weights)
+    tokens = tokens_of(2, 21)
+    with torch.no_grad():
+        contract.assert_same(model(tokens), theirs(tokens).logits, "logits", 1e-5)
 
 
 # --- costs at full size
