@@ -8,13 +8,13 @@ convolution over the last w tokens and SiLU change (x, B, C). Then, per head, wi
     y_t  = S_t C_t + D x_t
     out  = out_proj(RMSNorm(y * silu(z)))                      one RMSNorm over all heads
 
-State: S and the last w inputs of the convolution, per layer; it does not grow with the sequence. S
-and all sums of the scan are float32 in float32 and bfloat16 models, and float64 in float64 models,
-whatever autocast says. So a bfloat16 model holds 25.61 MB per sequence where the table of
-evaluation_spec.md 4.4, at two bytes per element, says 13.03: its matrix part is doubled. (Upstream
-computes in float32 too, but its `generate` stores S in the model's dtype, rounded at every token.)
-The inputs of the convolution have the model's dtype; w = 4 of them are kept, as upstream does,
-although the next token needs three.
+State: S and the last w inputs of the convolution, per layer; it does not grow with the sequence.
+All sums are float32 at least, whatever autocast says. Between two calls S is stored in the model's
+dtype, as the authors' own `generate` stores it: 13.03 MB per sequence in bfloat16 (the table of
+evaluation_spec.md 4.4), at the price of a rounding at every token. `state_dtype=float32` avoids the
+rounding, holds 25.61 MB and, since a step is bound by reading and writing S, takes about twice as
+long. The inputs of the convolution have the model's dtype; w = 4 of them are kept, as upstream
+does, although the next token needs three.
 
 Paths on the authors' kernels (mamba-ssm, Triton), each equal to the eager path but for rounding.
 Their scan multiplies float32 in TF32 and their softplus is log(1 + exp): 1e-3 off in float32.
@@ -33,7 +33,7 @@ Try it: cat-bench run efficiency -a mamba2 --quick
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +81,12 @@ class Config:
     expand: int = 2  # inner width / width
     headdim: int = 64  # rows of S, P in the Mamba-2 paper
     conv_width: int = 4
+    state_dtype: Literal["model", "float32"] = "model"  # of S between calls; "model": as upstream
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        if self.state_dtype not in ("model", "float32"):
+            raise ValueError(f"state_dtype must be model or float32, got '{self.state_dtype}'.")
         for key, least in LEAST.items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}.")
@@ -112,7 +115,7 @@ class Config:
 
 class State(NamedTuple):
     columns: Tensor  # (l, b, w, m): the last inputs of the convolution, oldest first
-    matrices: Tensor  # (l, b, h, e, n): S, float32 at least
+    matrices: Tensor  # (l, b, h, e, n): S, in Model.state_dtype
     run: Callable[[Tensor, int], Tensor] | None  # beyond eager: the step, tied to these buffers
 
 
@@ -145,7 +148,7 @@ class Model(LanguageModel):
         c, like = self.config, self.head.weight
         columns = like.new_zeros(*batch, c.conv_width, c.conv_channels)
         shape = (*batch, c.num_heads, c.headdim, c.d_state)
-        return columns, like.new_zeros(shape, dtype=self.scan_dtype)
+        return columns, like.new_zeros(shape, dtype=self.state_dtype)
 
     def _upstream_step(self, columns: Tensor, matrices: Tensor) -> Callable | None:
         """The step as one function of (token, row), which changes the buffers; None: eager.
@@ -172,8 +175,10 @@ class Model(LanguageModel):
         return captured
 
     @property
-    def scan_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.head.weight.dtype, torch.float32)
+    def state_dtype(self) -> torch.dtype:
+        """Of S between two calls; inside of one it is float32 at least."""
+        dtype = self.head.weight.dtype
+        return dtype if self.config.state_dtype == "model" else at_least_float32(dtype)
 
     def reset(self, state: State) -> State:
         return state._replace(columns=state.columns.zero_(), matrices=state.matrices.zero_())
@@ -228,9 +233,9 @@ class Model(LanguageModel):
             )
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
-        """layers x batch x (inner width x d_state in float32 + conv width x channels)."""
+        """layers x batch x (inner width x d_state + conv width x channels), each in its dtype."""
         c, like = self.config, self.head.weight
-        matrices = c.inner_width * c.d_state * self.scan_dtype.itemsize
+        matrices = c.inner_width * c.d_state * self.state_dtype.itemsize
         columns = c.conv_width * c.conv_channels * like.itemsize
         return c.num_layers * batch_size * (matrices + columns)
 
@@ -286,12 +291,13 @@ class Mixer(nn.Module):
         seen = torch.cat([columns, xbc], dim=1)  # (b, w + t, m)
         xbc = F.silu(self.conv1d(seen[:, 1:].transpose(1, 2)).transpose(1, 2))  # (b, t, m)
         with torch.autocast(u.device.type, enabled=False):
-            y, matrix = self._mix(xbc.to(matrix.dtype), dt.to(matrix.dtype), matrix, scan)
+            wide = at_least_float32(matrix.dtype)
+            y, matrix = self._mix(*(part.to(wide) for part in (xbc, dt, matrix)), scan)
         out = self.out_proj(self.norm(y.to(u.dtype) * F.silu(z)))
         return out, seen[:, -c.conv_width :], matrix
 
     def _mix(self, xbc: Tensor, dt: Tensor, matrix: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-        """Everything between convolution and gate, in the dtype of S: y (b, t, i) and S."""
+        """Everything between convolution and gate, float32 at least: y (b, t, i) and S."""
         c = self.config
         x, key, query = xbc.split([c.inner_width, c.d_state, c.d_state], dim=-1)
         x = x.unflatten(-1, (c.num_heads, c.headdim))  # (b, t, h, e)
@@ -311,6 +317,10 @@ class Mixer(nn.Module):
             self.out_proj.weight /= num_layers**0.5
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
             self.A_log.copy_(torch.log(A_RANGE[0] + (A_RANGE[1] - A_RANGE[0]) * draw[1]))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def recurrence(
@@ -423,7 +433,7 @@ def upstream_read(mixer: Mixer, u: Tensor, columns: Tensor, matrix: Tensor) -> T
         D=mixer.D,
         dt_bias=mixer.dt_bias,
         dt_softplus=True,
-        initial_states=matrix,
+        initial_states=matrix.float(),
         return_final_states=True,
     )
     matrix.copy_(last)
@@ -509,13 +519,12 @@ def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Ten
     return found
 
 
-def upstream_generate(model: Model, float32_state: bool = False) -> Callable[[Tensor, int], Tensor]:
+def upstream_generate(model: Model) -> Callable[[Tensor, int], Tensor]:
     """mamba-ssm's own model and decoding loop on our weights: (prompt (b, p), seq_len) -> (b,
     seq_len) tokens, greedy, its step a CUDA graph. What our loop is measured against.
 
-    Its settings are its fastest: kernels that fuse residual and norm, float32 residuals, and S
-    stored in the model's dtype: in bfloat16 half the bytes of ours. `float32_state` stores S as we
-    do, so that both loops move the same bytes; all else stays theirs.
+    Its settings are its fastest: kernels that fuse residual and norm, float32 residuals. S is stored
+    as our model stores it, so that both loops move the same bytes.
     """
     import_mamba_ssm(with_conv1d=True)
     from mamba_ssm.models.config_mamba import MambaConfig
@@ -538,7 +547,7 @@ def upstream_generate(model: Model, float32_state: bool = False) -> Callable[[Te
     )
     theirs = MambaLMHeadModel(config, device="meta", dtype=like.dtype).eval()
     theirs.load_state_dict(to_upstream(model.state_dict()), assign=True)  # shared, not copied
-    if float32_state:
+    if c.state_dtype == "float32":
         allocate = theirs.allocate_inference_cache
 
         def allocate_float32(*args: object, **options: object) -> dict[int, tuple[Tensor, Tensor]]:

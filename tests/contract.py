@@ -73,6 +73,7 @@ class Subject:
     ) -> Architecture:
         """A fresh model with large random weights, the same ones in every dtype."""
         chosen = {} if forward_path == "eager" else {"forward_path": forward_path}
+        torch.manual_seed(0)  # vectors that start at random are the same in every model
         model = self.model_class(self.config, decode_path, **chosen).double()
         return randomise(model, std).to(device, DTYPES[dtype]).eval()
 
