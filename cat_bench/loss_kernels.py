@@ -63,6 +63,4 @@ def _losses_kernel(
             x = tl.load(logits_ptr + start + word, mask=inside, other=-float("inf"))
             hit = (start + word == target).to(tl.float32)
             grad = (tl.exp(x.to(tl.float32) - total) - hit) * share
-            tl.store(
-                logits_ptr + start + word, grad.to(logits_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(logits_ptr + start + word, grad.to(logits_ptr.dtype.element_ty), mask=inside)

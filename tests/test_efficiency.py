@@ -46,7 +46,7 @@ def test_a_case_is_planned_once() -> None:
 
 
 def test_reference_cases_come_first_last_and_in_between() -> None:
-    options = Options(batch_sizes=(1, 2, 3, 4), prompt_len=16, reference_every=2, repeats=5)
+    options = Options(batch_sizes=(1, 2, 3, 4), prompt_lens=(16,), reference_every=2, repeats=5)
     cases = plan([parse("cat-8")], options)
     numbers = [dict(case.settings).get("reference") for case in cases]
     assert numbers == ["0", None, None, "1", None, None, "2"]
@@ -72,8 +72,11 @@ def test_hints_show_sensible_numbers() -> None:
     [
         (Options(batch_sizes=(4, -1)), "--batch-size -1 is impossible"),
         (Options(seq_lens=(0,)), "--seq-len 0 is impossible"),
-        (Options(prompt_len=0), "--prompt-len 0 is impossible"),
-        (Options(prompt_len=64, seq_lens=(128, 64)), "leaves nothing to generate in --seq-len 64"),
+        (Options(prompt_lens=(0,)), "--prompt-len 0 is impossible"),
+        (
+            Options(prompt_lens=(64,), seq_lens=(128, 64)),
+            "leaves nothing to generate in --seq-len 64",
+        ),
         (Options(repeats=0), "--repeats 0 is impossible"),
         (Options(reference_every=-2), "--reference-every -2 is impossible"),
         (Options(dtype="float16"), "--dtype 'float16' is unknown"),

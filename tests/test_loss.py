@@ -46,9 +46,7 @@ def test_it_is_cross_entropy(chunk_tokens: int) -> None:
     expected = whole(hidden, weight, targets)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     grads = torch.autograd.grad(3 * got, (hidden, weight))
-    for grad, known in zip(
-        grads, torch.autograd.grad(3 * expected, (hidden, weight)), strict=True
-    ):
+    for grad, known in zip(grads, torch.autograd.grad(3 * expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(grad, known, rtol=1e-10, atol=1e-14)
 
 
