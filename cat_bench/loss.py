@@ -90,7 +90,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """hidden (n, d), weight (v, d), targets (n,) -> mean loss; the gradients are made on the way."""
+    """hidden (n, d), weight (v, d), targets (n,) -> mean loss; gradients made on the way."""
 
     @staticmethod
     def forward(
@@ -107,9 +107,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         wide = torch.promote_types(dtype, torch.float32)
-        share = 1 / (targets != IGNORE).sum().to(
-            wide
-        )  # of each row in the mean; stays on the device
+        num_counted = (targets != IGNORE).sum()  # stays on the device
+        share = 1 / num_counted.to(wide)  # of a row in the mean
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         matrix = weight.to(dtype)
         for start in range(0, len(targets), chunk_tokens):

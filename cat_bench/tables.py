@@ -28,7 +28,11 @@ SAME_SETTING = [
     *SETTINGS,
 ]
 TRAINING_BYTES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
-MEMORY_RATIOS = {"memory_ratio": "peak_bytes", "state_ratio": "state_bytes"}
+MEMORY_RATIOS = {
+    "memory_ratio": "peak_bytes",
+    "allocated_ratio": "peak_allocated_bytes",
+    "state_ratio": "state_bytes",
+}
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 
 
@@ -210,7 +214,7 @@ def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     """Adds speedup (Dense seconds / seconds) with its interval, the same over Dense-2D, and
-    memory_ratio and state_ratio over Dense."""
+    MEMORY_RATIOS over Dense."""
 
     def ratios(row: pd.Series) -> dict[str, Any]:
         found: dict[str, Any] = {}

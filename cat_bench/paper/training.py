@@ -76,7 +76,12 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     if rows.empty:
         return Content((_claims_alone(claims),))
     made = tables.table(_with_ratios(rows, claims), COLUMNS, ["seq_len"])
-    notes = [*tables.TRAINING_DEFINITIONS[:3], *NOTES, *tables.failures(rows)]
+    notes = [
+        tables.TRAINING_DEFINITIONS[0],
+        tables.TRAINING_DEFINITIONS[2],
+        *NOTES,
+        *tables.failures(rows),
+    ]
     notes += tables.foreign_dense(rows)
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
@@ -137,12 +142,11 @@ NOTES = (
 
 
 def _heading(rows: pd.DataFrame) -> str:
+    machines, dtypes = ("; ".join(dict.fromkeys(rows[name])) for name in ("machine", "dtype"))
     runs = sorted(set(rows["run"]))
+    word = "runs" if len(runs) > 1 else "run"
     autocast = ", ".join(filter(None, dict.fromkeys(rows["autocast"]))) or "no"
-    return (
-        f"{'; '.join(dict.fromkeys(rows['machine']))}; run{'s' * (len(runs) > 1)} "
-        f"{', '.join(runs)}. {', '.join(dict.fromkeys(rows['dtype']))} weights, {autocast} autocast."
-    )
+    return f"{machines}; {word} {', '.join(runs)}. {dtypes} weights, {autocast} autocast."
 
 
 def _claims_alone(claims: dict[tuple[str, int], float]) -> tables.Table:

@@ -118,8 +118,11 @@ def _check(specs: list[Spec], options: Options) -> None:
     ):
         if value is not None:
             raise UserError(f"{flag} means nothing to a training step.", f"Drop {flag}.")
-    if options.match == "latency":
-        raise UserError("--match latency matches decoding.", "Use --match params or flops.")
+    if options.match in ("latency", "state"):
+        raise UserError(
+            f"--match {options.match} matches decoding, not training.",
+            "Use --match params or flops.",
+        )
     efficiency.check_options(specs, options)
 
 
