@@ -43,7 +43,7 @@ GRIDS = {"cpu": ((1, 4), (64,)), "cuda": ((1, 16, 64, 256), (1024,))}  # batch s
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 DECODE_PATHS = {"cpu": "eager", "cuda": "cuda_graph"}
 SMOKE_WARMUPS, SMOKE_REPEATS = 1, 3
-MIN_RATE_TOKENS = 8  # new tokens; of fewer, the first one, free of decode_s, is too large a share
+MIN_RATE_TOKENS = 8  # new tokens; fewer are no decoding: rates and floors know steps, not prefills
 MAX_CLOCK_DIFFERENCE = 0.02  # host clock against CUDA events
 MAX_STEP_SUM_DIFFERENCE = 0.03  # sum of the instrumented steps against decode_s
 
@@ -332,12 +332,14 @@ def _floor_rows(case: Case, model: Any, timing: "Timing", measured: "Ceilings") 
     """The least that a generation can take on this device, from ceilings of the same process."""
     from cat_bench.predict import generation_floor_s
 
-    shape = case.batch_size, case.prompt_len, case.seq_len
-    floor_s = generation_floor_s(model, *shape, measured)
-    ratio = floor_s / statistics.median(timing.latency_s)
     bandwidth = measured.read_bandwidth_bytes_per_s
     yield _row(case, "read_bandwidth_bytes_per_s", bandwidth, "bytes/s")
     yield _row(case, "matmul_flops_per_s", measured.matmul_flops_per_s, "FLOP/s")
+    if case.new_tokens < MIN_RATE_TOKENS:
+        return
+    shape = case.batch_size, case.prompt_len, case.seq_len
+    floor_s = generation_floor_s(model, *shape, measured)
+    ratio = floor_s / statistics.median(timing.latency_s)
     yield _row(case, "floor_s", floor_s, "s")
     yield _row(case, "latency_floor_ratio", ratio, "1")
 
