@@ -436,12 +436,18 @@ def details_table(records: pd.DataFrame) -> Table | None:
 
 def details_of(rows: pd.DataFrame) -> Table | None:
     """`details_table` of rows that are measured and labelled already."""
-    if rows.empty or not {"step_s.samples", "ttft_s.samples"} & set(rows):
+    if not _has_generated(rows):
         return None
+    rows = rows[rows["suite"] != "training"]
     several = rows["prompt_len"].nunique() > 1
     prompt = (Column("prompt", ("prompt_len",), whole),) if several else ()
     made = table(_with_step_statistics(dense_first(rows)), (*prompt, *DETAIL_COLUMNS))
     return replace(made, notes=DETAIL_DEFINITIONS, suffix="steps")
+
+
+def _has_generated(rows: pd.DataFrame) -> bool:
+    return any(f"{name}.samples" in rows and rows[f"{name}.samples"].notna().any()
+               for name in ("step_s", "ttft_s"))  # fmt: skip
 
 
 def full_table(records: pd.DataFrame) -> Table:
@@ -454,7 +460,7 @@ def full_table(records: pd.DataFrame) -> Table:
     for suite in [name for name in KINDS if name in set(rows["suite"])]:
         titles = {c.title for c in columns}
         columns += [c for c in KINDS[suite][0] if c.title not in titles]
-    if {"step_s.samples", "ttft_s.samples"} & set(rows):
+    if _has_generated(rows):
         rows = _with_step_statistics(rows)
         titles = {c.title for c in columns}
         columns += [c for c in DETAIL_COLUMNS if c.title not in titles]

@@ -272,6 +272,19 @@ def test_the_table_of_a_run_has_ratios_and_the_forward_path(tmp_path: Path) -> N
     assert tables.details_table(tables.frame([made_up(tmp_path, three_cases())])) is None
 
 
+def test_a_drift_reference_adds_no_table_of_steps(tmp_path: Path) -> None:
+    cases = three_cases()
+    run = made_up(tmp_path, cases)
+    (reference, *_) = plan([parse("dense")], Options(device="cuda", reference_every=1))
+    run.extend_plan([reference], {reference.key: {"label": "Dense", "config": {}}})
+    steps = Record(reference.key, "step_s", 0.1, "s", [0.1] * 9)
+    latency = Record(reference.key, "latency_s", 1.0, "s", [1.0] * 5)
+    run.append([steps, latency, Record(reference.key, "case", 1.0, "s")])
+    assert tables.details_table(tables.frame([run])) is None
+    assert len(tables.run_table(run).text) == 3
+    assert len(tables.full_table(tables.frame([run])).text) == 3
+
+
 def test_a_slower_step_is_a_regression(tmp_path: Path) -> None:
     runs = [made_up(tmp_path, three_cases(), factor) for factor in (1.0, 1.2)]
     assert compare.compare_table(*runs).num_worse == 3
