@@ -22,7 +22,7 @@ from cat_bench.tables import Column
 TITLE = "Training: time, memory and FLOPs of one step"
 SUITES = ("training",)
 TRAINED = _settings.ARCHITECTURES
-TRAINED_SMOKE = ("dense", "dense-2d", "cat-8")  # enough to prove the pipeline
+TRAINED_SMOKE = ("dense", "cat-8")  # enough to prove the pipeline
 TOKENS_PER_STEP = 16_384
 SEQ_LENS = (1024, 4096)
 FAST_PATHS = ("compile", "upstream")  # the first that a model has, as in suites/training.py
