@@ -16,10 +16,10 @@ Status = Literal["ok", "oom", "unsupported", "failed"]
 class Case:
     """One thing to measure, in one fresh process. Equal cases have equal keys, in every run."""
 
-    suite: str  # "efficiency"
+    suite: str  # "efficiency", "training"
     arch: str  # canonical spec text: file name, then overrides unlike the defaults, sorted
     batch_size: int
-    prompt_len: int  # tokens
+    prompt_len: int  # tokens; 0 in suites without a prompt
     seq_len: int  # tokens: prompt_len + new tokens
     dtype: str  # "float32", "bfloat16", "float64"
     device: str  # "cpu", "cuda"
@@ -69,11 +69,14 @@ class Options:
 
     batch_sizes: tuple[int, ...] | None = None
     seq_lens: tuple[int, ...] | None = None
-    prompt_len: int | None = None  # tokens
+    prompt_lens: tuple[int, ...] | None = None  # tokens
+    new_tokens: int | None = None  # instead of seq_lens: seq_len = prompt_len + new_tokens
     dtype: str | None = None  # default bfloat16 on cuda, float32 on cpu
     device: str = "cpu"
     seeds: tuple[int, ...] = (0,)
     decode_path: str | None = None  # default cuda_graph on cuda, eager on cpu
+    forward_path: str | None = None  # default: the suite's rule; eager where nothing is trained
+    activation_checkpointing: bool = False  # suite training
     repeats: int | None = None  # default: by the rule of profiler.py
     match: str | None = None  # "params", "state", "flops", "latency": match all to the first spec
     scale: str = "custom"

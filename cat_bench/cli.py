@@ -149,11 +149,18 @@ def run(
     arch: Architectures = None,
     batch_size: Annotated[str | None, typer.Option(help="1,64,256")] = None,
     seq_len: Annotated[str | None, typer.Option(help="Prompt + new tokens: 1024,4096")] = None,
-    prompt_len: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
+    prompt_len: Annotated[str | None, typer.Option(help="Tokens: 8,1024")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="After each prompt, instead of --seq-len.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     device: Device = None,
     seed: Annotated[str, typer.Option(help="0,1,2")] = "0",
     decode_path: Annotated[str | None, typer.Option(help="eager, cuda_graph, ...")] = None,
+    forward_path: Annotated[str | None, typer.Option(help="eager, compile, ...")] = None,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Suite training: less memory.")
+    ] = False,
     repeats: Annotated[int | None, typer.Option(help="Default: by the time one takes.")] = None,
     reference_every: Annotated[
         int | None, typer.Option(help="A reference case before every k-th: shows drift.")
@@ -186,11 +193,14 @@ def run(
         options = Options(
             batch_sizes=_counts("--batch-size", batch_size),
             seq_lens=_counts("--seq-len", seq_len),
-            prompt_len=prompt_len,
+            prompt_lens=_counts("--prompt-len", prompt_len),
+            new_tokens=new_tokens,
             dtype=dtype,
             device=_device(_device_for(gpu, device, dry_run, quick), quick),
             seeds=_counts("--seed", seed) or (0,),
             decode_path=decode_path,
+            forward_path=forward_path,
+            activation_checkpointing=activation_checkpointing,
             repeats=repeats,
             match=match,
             scale="smoke" if quick else "custom",
@@ -350,6 +360,7 @@ def _list_architectures(_: Path) -> list[dict[str, Any]]:
             "settings": {key: _setting(field) for key, field in info.fields.items()},
             "presets": info.presets,
             "decode_paths": {path: _readiness(info, path) for path in info.decode_paths},
+            "forward_paths": {path: _readiness(info, path) for path in info.forward_paths},
         }
         for info in spec.architectures()
     ]
@@ -359,8 +370,8 @@ def _setting(field: spec.Field) -> Any:
     return None if field.default is spec.NO_DEFAULT else field.default
 
 
-def _readiness(info: spec.ArchitectureInfo, decode_path: str) -> str:
-    package = info.missing(decode_path)
+def _readiness(info: spec.ArchitectureInfo, path: str) -> str:
+    package = info.missing(path)
     return f"needs {package}: {install_command(package)}" if package else "ready"
 
 
@@ -421,8 +432,9 @@ def _entry_lines(entry: dict[str, Any], width: int) -> Iterator[str]:
     if "settings" in entry:
         settings = " ".join(f"{key}={value}" for key, value in entry["settings"].items())
         yield f"{indent}settings: {settings}"
-    for path, state in entry.get("decode_paths", {}).items():
-        yield f"{indent}decode path {path}: {state}"
+    for kind in ("decode", "forward"):
+        for path, state in entry.get(f"{kind}_paths", {}).items():
+            yield f"{indent}{kind} path {path}: {state}"
 
 
 # --- run -----------------------------------------------------------------------------------------
@@ -506,12 +518,24 @@ def _plan(
         )
     planner = suites.load(suite)
     specs = [spec.parse(text) for text in arch]
+    _check_forward_path(specs, options.forward_path)
     if options.scale == "smoke":
         specs = [spec.tiny(one) for one in specs]
     cases = planner.plan(specs, options)
     if options.match is None:
         return cases, None
     return planner.plan(_matched(specs, cases, options.match, gpu_name), options), specs[0]
+
+
+def _check_forward_path(specs: list[spec.Spec], asked: str | None) -> None:
+    """Raises UserError where an architecture's source names no such forward path."""
+    for one in specs if asked is not None else ():
+        known = spec.describe(one.name).forward_paths
+        if asked not in known:
+            raise UserError(
+                f"{one.text} has no forward path '{asked}'.{spec.did_you_mean(asked, known)}",
+                f"Its forward paths: {', '.join(known)}.",
+            )
 
 
 def _matched(
@@ -566,13 +590,20 @@ def _print_plan(
 
 
 def _plan_line(cases: list[Case]) -> str:
-    """What the cases share: "6 cases, 2 architectures, bfloat16, cuda, cuda_graph, seed 0"."""
+    """What the cases share: "6 cases, 2 architectures, bfloat16, cuda, cuda_graph, seed 0".
+
+    Forward paths are told where one of them is not eager, then the suite's settings.
+    """
     parts = [
         _plural(len(cases), "case"),
         _plural(len({case.arch for case in cases}), "architecture"),
     ]
     for name in ("dtype", "device", "decode_path"):
         parts.append("/".join(sorted({getattr(case, name) for case in cases})))
+    forward_paths = sorted({case.forward_path for case in cases})
+    parts += [] if forward_paths == ["eager"] else [f"forward {'/'.join(forward_paths)}"]
+    settings = {f"{k} {v}" for case in cases for k, v in case.settings if k != "reference"}
+    parts += sorted(settings)
     return ", ".join([*parts, "seed " + "/".join(str(s) for s in sorted({c.seed for c in cases}))])
 
 
@@ -590,13 +621,15 @@ def _check_machine(cases: list[Case]) -> None:
                 f"device cuda was asked for, but torch {torch.__version__} sees no CUDA GPU.",
                 "Use --device cpu, or look at `cat-bench doctor`.",
             )
-    for arch, decode_path in sorted({(case.arch, case.decode_path) for case in cases}):
-        package = spec.describe(spec.parse(arch).name).missing(decode_path)
+    needed = {(case.arch, "decode", case.decode_path) for case in cases}
+    needed |= {(case.arch, "forward", case.forward_path) for case in cases}
+    for arch, kind, path in sorted(needed):
+        package = spec.describe(spec.parse(arch).name).missing(path)
         if package:
             raise UserError(
-                f"{arch}: decode path '{decode_path}' needs the package {package}, "
+                f"{arch}: {kind} path '{path}' needs the package {package}, "
                 "which is not installed.",
-                f"Install it: {install_command(package)}. Or use --decode-path eager.",
+                f"Install it: {install_command(package)}. Or use --{kind}-path eager.",
             )
 
 
@@ -791,7 +824,7 @@ def _with_references(cases: list[Case]) -> list[Case]:
         return cases
     from cat_bench.suites import efficiency
 
-    options = Options(dtype=like.dtype, device=like.device, seeds=(like.seed,), scale=like.scale)
+    options = Options(device=like.device, seeds=(like.seed,), scale=like.scale)
     return efficiency.with_references(cases, options, efficiency.REFERENCE_EVERY)
 
 

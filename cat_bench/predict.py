@@ -29,6 +29,19 @@ HEADROOM = 1.10  # workspace: a tenth of weights + state
 # Their memory sizes are the makers', for a plan made where there is none.
 ASSUMED_CEILINGS = {"H100": (2.9e12, 800e12), "H200": (4.2e12, 790e12), "A100": (1.6e12, 200e12)}
 ASSUMED_MEMORY_BYTES = {"H100": 80e9, "H200": 141e9, "A100": 80e9}
+# Dense bfloat16 rate (FLOP/s) by NVML's name: a PCIe or NVL card of the same chip has another one.
+DATASHEET_FLOPS_PER_S = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    **dict.fromkeys(
+        (
+            *("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"),
+            *("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
+        ),
+        312e12,
+    ),
+}
+GRADIENT_AND_ADAM = 3  # times the weights: a gradient and two moments, all in the weights' dtype
 
 BUDGETS = ("params", "state", "flops", "latency")
 MATCH_TOLERANCE = 0.05
@@ -50,6 +63,8 @@ def resolve(
     and `first`: the budget that the specs were matched by and the spec that gave it; "match_ratio"
     then says how near each case came. Raises UserError for a case too long for its architecture.
     """
+    for case in sorted(cases, key=lambda case: -case.seq_len):  # so that one hint serves them all
+        _check_length(case, _meta_model(*_key(case)))
     device_ceilings = assumed_ceilings(device_name)
     return {case.key: _resolve(case, device_ceilings, match, first) for case in cases}
 
@@ -57,8 +72,7 @@ def resolve(
 def _resolve(
     case: Case, device_ceilings: Ceilings | None, match: str | None, first: Spec | None
 ) -> dict:
-    model = _meta_model(case.arch, case.decode_path, case.dtype)
-    _check_length(case, model)
+    model = _meta_model(*_key(case))
     shape = case.batch_size, case.seq_len
     row: dict[str, Any] = {
         "label": model.config.label,
@@ -66,13 +80,17 @@ def _resolve(
         "num_params": model.num_params,
         "num_params_non_embedding": model.num_params_non_embedding,
         "weights_bytes": weights_bytes(model),
-        "state_bytes": model.state_bytes(*shape),
-        "state_float_bytes": model.state_bytes_float(*shape),
+        "state_bytes": 0 if _trains(case) else model.state_bytes(*shape),
+        "state_float_bytes": 0 if _trains(case) else model.state_bytes_float(*shape),
+        "training_bytes": GRADIENT_AND_ADAM * weights_bytes(model) if _trains(case) else 0,
         "floor_s": None,
         "floor_source": None,
         "warnings": [],
     }
-    if case.device == "cuda" and device_ceilings:
+    if case.device == "cuda" and device_ceilings and _trains(case):
+        row["floor_s"] = train_flops(model, *shape) / device_ceilings.matmul_flops_per_s
+        row["floor_source"] = device_ceilings.source
+    elif case.device == "cuda" and device_ceilings:
         row["floor_s"] = _floor_s(_key(case), *_shape(case), device_ceilings)
         row["floor_source"] = device_ceilings.source
     elif case.device == "cuda":
@@ -90,8 +108,10 @@ def _add_match(
 ) -> None:
     """How far this case is from the first architecture's budget, at its own batch and length."""
     shape = _shape(case)
-    target = _amount(_meta_model(first.text, "eager", case.dtype), match, shape, device_ceilings)
-    amount = _amount(_meta_model(case.arch, "eager", case.dtype), match, shape, device_ceilings)
+    target, amount = (
+        _amount(_meta_model(arch, "eager", "eager", case.dtype), match, shape, device_ceilings)
+        for arch in (first.text, case.arch)
+    )
     row["match_ratio"] = amount / target
     if abs(row["match_ratio"] - 1) > MATCH_TOLERANCE:
         row["warnings"].append(
@@ -126,8 +146,13 @@ def _is_reference(case: Case) -> bool:
     return any(key == "reference" for key, _ in case.settings)
 
 
-def _key(case: Case) -> tuple[str, str, str]:
-    return case.arch, case.decode_path, case.dtype
+def _trains(case: Case) -> bool:
+    """A training step has no state and no prompt; its gradients and its optimizer take the room."""
+    return case.suite == "training"
+
+
+def _key(case: Case) -> tuple[str, str, str, str]:
+    return case.arch, case.decode_path, case.forward_path, case.dtype
 
 
 def _shape(case: Case) -> tuple[int, int, int]:
@@ -135,8 +160,8 @@ def _shape(case: Case) -> tuple[int, int, int]:
 
 
 @cache
-def _meta_model(arch: str, decode_path: str, dtype: str) -> Architecture:
-    return build(parse(arch), decode_path, "meta", dtype)
+def _meta_model(arch: str, decode_path: str, forward_path: str, dtype: str) -> Architecture:
+    return build(parse(arch), decode_path, "meta", dtype, forward_path=forward_path)
 
 
 # --- the roofline ---------------------------------------------------------------------------------
@@ -164,6 +189,16 @@ def generation_floor_s(
     )
 
 
+def train_flops(model: Architecture, batch_size: int, seq_len: int) -> float:
+    """Useful FLOPs of one training step: a backward pass costs two forward passes."""
+    return 3 * generation_flops(model, batch_size, seq_len)
+
+
+def datasheet_flops_per_s(device_name: str) -> float | None:
+    """The maker's bfloat16 rate of a GPU, for MFU; None for all others: never a wrong figure."""
+    return DATASHEET_FLOPS_PER_S.get(device_name)
+
+
 def mean_step_flops(model: Architecture, batch_size: int, prompt_len: int, seq_len: int) -> float:
     """FLOPs of the whole batch per new token, averaged over a generation."""
     steps = range(prompt_len, seq_len)
@@ -172,7 +207,11 @@ def mean_step_flops(model: Architecture, batch_size: int, prompt_len: int, seq_l
 
 @cache
 def _floor_s(
-    key: tuple[str, str, str], batch_size: int, prompt_len: int, seq_len: int, ceilings: Ceilings
+    key: tuple[str, str, str, str],
+    batch_size: int,
+    prompt_len: int,
+    seq_len: int,
+    ceilings: Ceilings,
 ) -> float:
     return generation_floor_s(_meta_model(*key), batch_size, prompt_len, seq_len, ceilings)
 
@@ -181,8 +220,9 @@ def _floor_s(
 
 
 def needed_bytes(row: dict) -> float:
-    """Weights, state, and a tenth of the two for work space."""
-    return (row["weights_bytes"] + row["state_bytes"]) * HEADROOM
+    """Weights, state (training: gradients and optimizer; activations are not predicted), and a
+    tenth of them for work space."""
+    return (row["weights_bytes"] + row["state_bytes"] + row["training_bytes"]) * HEADROOM
 
 
 def fits(row: dict, device_memory_bytes: float) -> bool:
@@ -205,6 +245,7 @@ def plan_table(
     # Planned cases replace a reference case of the same shape.
     references_first = sorted(cases, key=lambda case: not _is_reference(case))
     unique = {(case.arch, _shape(case), case.seed): case for case in references_first}
+    several_prompts = len({case.prompt_len for case in cases}) > 1
     matched_plan = any("match_ratio" in resolved[case.key] for case in cases)
     rows = []
     for case in sorted(unique.values(), key=lambda c: (c.arch, c.seq_len, c.batch_size, c.seed)):
@@ -218,8 +259,13 @@ def plan_table(
             "non-embedding M": _number(row["num_params_non_embedding"] / 1e6),
             "weights GiB": _number(row["weights_bytes"] / GIB),
             "state GiB": _number(row["state_bytes"] / GIB),
+            "gradients + Adam GiB": _number(row["training_bytes"] / GIB),
             "needs GiB": _number(needed_bytes(row) / GIB),
         }
+        if several_prompts:
+            text["prompt tokens"] = str(case.prompt_len)
+        if not any(_trains(case) for case in cases):
+            del text["gradients + Adam GiB"]
         if fit_column:
             text[fit_column] = "yes" if room else "NO"
         text["floor s"] = _number(row["floor_s"]) if room else "-"
@@ -279,7 +325,7 @@ def _amount(
     if budget == "state":
         return model.state_bytes(1, seq_len)
     if budget == "flops":
-        return 3 * generation_flops(model, 1, seq_len)  # a backward pass costs two forward passes
+        return train_flops(model, 1, seq_len)
     used = device_ceilings or Ceilings(*ASSUMED_CEILINGS["H100"], "assumed")
     return generation_floor_s(model, batch_size, prompt_len, seq_len, used)
 

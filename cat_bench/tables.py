@@ -22,8 +22,17 @@ from cat_bench import stats, store
 from cat_bench.environment import machine_line
 
 GIB = 2**30
-SAME_SETTING = ["suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"]
-MEMORY_RATIOS = {"memory_ratio": "peak_bytes", "state_ratio": "state_bytes"}
+SETTINGS = ("autocast", "checkpoint")  # of Case.settings: those that make another measurement
+SAME_SETTING = [
+    *("suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"),
+    *SETTINGS,
+]
+TRAINING_BYTES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+MEMORY_RATIOS = {
+    "memory_ratio": "peak_bytes",
+    "allocated_ratio": "peak_allocated_bytes",
+    "state_ratio": "state_bytes",
+}
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 
 
@@ -61,6 +70,14 @@ def digits(value: float, significant: int = 3) -> str:
 
 def gib(value: float) -> str:
     return digits(value / GIB)
+
+
+def gibs(*values: float) -> str:
+    return " / ".join(gib(value) for value in values)
+
+
+def milliseconds(*seconds: float) -> str:
+    return " / ".join(digits(1000 * value) for value in seconds)
 
 
 def percent(share: float) -> str:
@@ -133,7 +150,7 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return rows
     rows = rows[~rows["settings"].map(is_reference)].reset_index(drop=True)
-    rows = _with_peak(rows)
+    rows = _with_step_as_latency(_with_peak(_with_settings(rows)))
     if "latency_s.samples" in rows:
         rows = _with_intervals(rows)
         rows = _with_dense_ratios(rows)
@@ -141,6 +158,22 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
         share = rows["floor_s"] * _ceiling_share(rows) / rows["latency_s"]
         rows = rows.assign(floor_share=share)
     return rows[rows["chosen"]].reset_index(drop=True) if "chosen" in rows else rows
+
+
+def _with_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """A column for each of SETTINGS; empty where a case lacks it."""
+    found = rows["settings"].map(lambda pairs: dict(map(tuple, pairs)))
+    return rows.assign(**{k: [pairs.get(k, "") for pairs in found] for k in SETTINGS})
+
+
+def _with_step_as_latency(rows: pd.DataFrame) -> pd.DataFrame:
+    """A training step is what is timed of a training case: ratios and `compare` work on it."""
+    for name in ("", ".samples"):
+        if f"train_step_s{name}" in rows:
+            steps = rows[f"train_step_s{name}"]
+            latency = rows.get(f"latency_s{name}", steps)
+            rows = rows.assign(**{f"latency_s{name}": latency.where(latency.notna(), steps)})
+    return rows
 
 
 def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
@@ -181,7 +214,7 @@ def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     """Adds speedup (Dense seconds / seconds) with its interval, the same over Dense-2D, and
-    memory_ratio and state_ratio over Dense."""
+    MEMORY_RATIOS over Dense."""
 
     def ratios(row: pd.Series) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -234,7 +267,7 @@ def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Seri
     for setting in SAME_SETTING:
         dense = dense[dense[setting] == row[setting]]
     dense = dense.loc[[index for index, one in dense.iterrows() if latency_samples(one)]]
-    for setting in ("run", "decode_path"):
+    for setting in ("run", "decode_path", "forward_path"):
         same = dense[dense[setting] == row[setting]]
         dense = dense if same.empty else same
     return None if dense.empty or not latency_samples(row) else dense.iloc[0]
@@ -305,6 +338,24 @@ EFFICIENCY_COLUMNS = (
     Column("n", ("n",), whole),
     Column("params M (non-emb.)", ("num_params", "num_params_non_embedding"), millions),
 )
+TRAINING_COLUMNS = (
+    *EFFICIENCY_COLUMNS[:3],
+    Column(
+        "step s [95 % CI]", ("latency_s", "latency_s_low", "latency_s_high"), with_interval, min
+    ),
+    Column("trained tok/s", ("tokens_per_s",), digits, max),
+    Column("peak GiB", ("peak_bytes",), gib, min),
+    Column("weights / grad / Adam GiB", TRAINING_BYTES, gibs),
+    Column("fwd / bwd / opt ms", ("forward_s", "backward_s", "optimizer_s"), milliseconds),
+    Column("TFLOP", ("train_flops",), lambda flops: digits(flops / 1e12)),
+    Column("MFU", ("mfu",), percent, max),
+    Column("% of matmul", ("matmul_flops_ratio",), percent),
+    Column("vs Dense", ("speedup", "speedup_low", "speedup_high"), faster),
+    Column("vs Dense-2D", ("speedup_2d", "speedup_2d_low", "speedup_2d_high"), faster),
+    Column("n", ("n",), whole),
+    Column("first step s", ("compile_s",), digits),
+    EFFICIENCY_COLUMNS[-1],
+)
 OTHER_COLUMNS = (
     Column("architecture", ("label",), str),
     Column("suite", ("suite",), str),
@@ -321,6 +372,19 @@ DEFINITIONS = (
     "% of floor = floor / latency.",
 )
 
+TRAINING_DEFINITIONS = (
+    "step = forward, loss, backward, clipping, AdamW; tok/s = batch x length / step; n = repeats. "
+    "first step = with all compiling.",
+    "peak = max reserved by the allocator in a step (CPU: resident set, with the interpreter).",
+    "TFLOP = useful ones of a step: 3 x the forward pass by formula. MFU = over the datasheet's "
+    "bfloat16 rate; % of matmul = over the matmul rate measured in the same process.",
+    "vs Dense, vs Dense-2D = their median step / median step, same setting, 95 % interval.",
+)
+KINDS = {
+    "efficiency": (EFFICIENCY_COLUMNS, DEFINITIONS),
+    "training": (TRAINING_COLUMNS, TRAINING_DEFINITIONS),
+}
+
 
 def run_table(run: store.Run) -> Table:
     """What `cat-bench show` prints: all closed cases of one run."""
@@ -333,20 +397,22 @@ def run_table(run: store.Run) -> Table:
 
 
 def records_table(records: pd.DataFrame) -> Table:
-    """The efficiency table; suites that measure no latency get one column per metric."""
+    """The efficiency or the training table; other suites get one column per metric."""
     rows = measured(records)
     if rows.empty:
         return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
-    efficiency = bool((rows["suite"] == "efficiency").all())
-    if efficiency and "latency_s" not in rows:  # nothing went well: statuses still need a column
+    suites = set(rows["suite"])
+    timed = len(suites) == 1 and suites <= set(KINDS)
+    if timed and "latency_s" not in rows:  # nothing went well: statuses still need a column
         rows["latency_s"] = math.nan
-    columns = EFFICIENCY_COLUMNS if efficiency else OTHER_COLUMNS + _metric_columns(records)
-    columns = (*_distinguishing(rows), *columns)
+    columns, definitions = OTHER_COLUMNS + _metric_columns(records), ()
+    if timed:
+        columns, definitions = KINDS[suites.pop()]
     by = ["batch_size", "seq_len"]
-    rows = dense_first(rows) if efficiency else rows
-    made = table(rows, columns, by)
+    rows = dense_first(rows) if timed else rows
+    made = table(rows, (*_distinguishing(rows), *columns), by)
     notes = (
-        *(DEFINITIONS if efficiency else ()),
+        *definitions,
         *failures(rows),
         *foreign_dense(rows),
         *warnings(rows, records),
@@ -359,7 +425,8 @@ def records_table(records: pd.DataFrame) -> Table:
 
 
 def details_table(records: pd.DataFrame) -> Table | None:
-    """Per token and per case: what the efficiency table has no room for. None without steps.
+    """Per token and per case: what the efficiency table has no room for. None where no case
+    generated.
 
     Steps come from one instrumented generation; a boundary step of CAT closes a chunk (compress,
     write the slot), all its others are inner steps.
@@ -369,10 +436,18 @@ def details_table(records: pd.DataFrame) -> Table | None:
 
 def details_of(rows: pd.DataFrame) -> Table | None:
     """`details_table` of rows that are measured and labelled already."""
-    if rows.empty or "step_s.samples" not in rows:
+    if not _has_generated(rows):
         return None
-    made = table(_with_step_statistics(dense_first(rows)), DETAIL_COLUMNS)
+    rows = rows[rows["suite"] != "training"]
+    several = rows["prompt_len"].nunique() > 1
+    prompt = (Column("prompt", ("prompt_len",), whole),) if several else ()
+    made = table(_with_step_statistics(dense_first(rows)), (*prompt, *DETAIL_COLUMNS))
     return replace(made, notes=DETAIL_DEFINITIONS, suffix="steps")
+
+
+def _has_generated(rows: pd.DataFrame) -> bool:
+    return any(f"{name}.samples" in rows and rows[f"{name}.samples"].notna().any()
+               for name in ("step_s", "ttft_s"))  # fmt: skip
 
 
 def full_table(records: pd.DataFrame) -> Table:
@@ -382,10 +457,13 @@ def full_table(records: pd.DataFrame) -> Table:
         return made
     rows = dense_first(rows)
     columns = [Column(name, (name,), str) for name in ("run", "scale", "device_name")]
-    columns += EFFICIENCY_COLUMNS
-    if "step_s.samples" in rows:
+    for suite in [name for name in KINDS if name in set(rows["suite"])]:
+        titles = {c.title for c in columns}
+        columns += [c for c in KINDS[suite][0] if c.title not in titles]
+    if _has_generated(rows):
         rows = _with_step_statistics(rows)
-        columns += [c for c in DETAIL_COLUMNS if c.title not in made.text]
+        titles = {c.title for c in columns}
+        columns += [c for c in DETAIL_COLUMNS if c.title not in titles]
     return replace(table(rows, columns), heading=made.heading, notes=made.notes)
 
 
@@ -413,10 +491,6 @@ def _step_statistics(row: pd.Series) -> dict[str, float]:
         interval = _summary(tuple(ttft))
         found["ttft_s_low"], found["ttft_s_high"] = interval.low, interval.high
     return found
-
-
-def milliseconds(*seconds: float) -> str:
-    return " / ".join(digits(1000 * value) for value in seconds)
 
 
 def milliseconds_with_interval(value: float, low: float, high: float) -> str:
@@ -468,7 +542,7 @@ def dense_first(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _distinguishing(rows: pd.DataFrame) -> list[Column]:
     """A column for each setting in which the rows of one table differ."""
-    names = ("run", "decode_path", "dtype", "prompt_len", "seed")
+    names = ("run", "decode_path", "forward_path", "dtype", "prompt_len", "seed", *SETTINGS)
     return [Column(name, (name,), str) for name in names if rows[name].nunique() > 1]
 
 
@@ -479,9 +553,19 @@ def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
 
 def _settings_line(rows: pd.DataFrame) -> list[str]:
     """What all rows share is said once, above the table; what differs is listed."""
-    parts = [", ".join(dict.fromkeys(rows[name])) for name in ("dtype", "decode_path")]
-    prompts = sorted(set(rows["prompt_len"]))
-    parts.append(f"prompt {', '.join(str(p) for p in prompts)} tokens")
+    parts = [", ".join(dict.fromkeys(rows["dtype"]))]
+    generating = rows[rows["suite"] != "training"]
+    if len(generating):
+        parts.append(", ".join(dict.fromkeys(generating["decode_path"])))
+    forward_paths = list(dict.fromkeys(rows["forward_path"]))
+    if len(generating) < len(rows) or forward_paths != ["eager"]:
+        parts.append(f"forward {', '.join(forward_paths)}")
+    for name in SETTINGS:
+        values = list(filter(None, dict.fromkeys(rows[name])))
+        parts += [f"{name} {', '.join(values)}"] if values else []
+    prompts = sorted(set(generating["prompt_len"]))
+    if prompts:
+        parts.append(f"prompt {', '.join(str(p) for p in prompts)} tokens")
     if "smoke" in set(rows["scale"]):
         parts.append("smoke scale: proves the pipeline, numbers are meaningless")
     return parts

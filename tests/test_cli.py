@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,17 @@ def refused(answer: Answer, *parts: str) -> None:
         ("-a dense --device tpu", ["--device 'tpu' is unknown"]),
         ("-a dense --match size", ["--match 'size' is unknown"]),
         ("-a dense --decode-path warp", ["no decode path 'warp'; it has: eager"]),
+        (
+            "-a dense --forward-path compil",
+            ["no forward path 'compil'. Did you mean: compile", "Its forward paths: eager, comp"],
+        ),
+        ("-a dense --prompt-len 8,x", ["--prompt-len '8,x' is not a list of whole numbers"]),
+        ("-a dense --prompt-len 8,64", ["--prompt-len 64 leaves nothing", "or --new-tokens N"]),
+        ("-a dense --seq-len 64 --new-tokens 1", ["--seq-len and --new-tokens both say"]),
+        (
+            "-a cat-8 --prompt-len 1024,4096 --new-tokens 1",  # one hint serves both lengths
+            ["seq_len=4097 needs 513 chunk positions", "-a cat:max_len=4097"],
+        ),
         ("-a dense --quick --device cuda", ["--quick runs on the CPU"]),
         ("-a dense:width=100 --quick", ["width=100: width must be a positive multiple of 64"]),
         ("-a dense -a cat-8 --quick --match params", ["--match chooses widths, but --quick"]),
@@ -308,6 +320,35 @@ def test_a_plan_for_a_gpu_that_is_not_here(cat_bench: Cli):
     assert small[3].split()[-2:] == ["NO", "-"]  # 106 GiB
 
 
+def test_a_plan_of_prompts_and_of_training(cat_bench: Cli):
+    arguments = ("-a", "dense", "--gpu", "H200", "--dry-run")
+    prompts = ("--prompt-len", "1024,4096", "--new-tokens", "1", "--batch-size", "1")
+    lines = cat_bench("run", "efficiency", *prompts, *arguments).out.splitlines()
+    assert "prompt tokens" in lines[1] and [line.split()[2] for line in lines[2:4]] == [
+        "1025",
+        "4097",
+    ]
+    lines = cat_bench("run", "training", *arguments).out.splitlines()
+    assert "forward compile, autocast bfloat16, seed 0" in lines[0]
+    assert "gradients + Adam GiB" in lines[1]
+
+
+def test_a_missing_package_of_a_forward_path_is_refused(cat_bench: Cli, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY + '    forward_paths = ("eager", "upstream")\n')
+    flags = ("--device", "cpu", "--forward-path", "upstream")
+    answer = cat_bench("run", "training", "-a", mine, *flags)
+    refused(answer, "forward path 'upstream' needs the package a_package", "--forward-path eager")
+
+
+def test_the_list_shows_both_kinds_of_paths(cat_bench: Cli):
+    listed = cat_bench("list", "architectures")
+    assert "decode path eager: ready" in listed.out and "forward path eager: ready" in listed.out
+    found = json.loads(cat_bench("list", "architectures", "--json").out)["architectures"]
+    dense = next(entry for entry in found if entry["name"] == "dense")
+    assert dense["forward_paths"]["compile"] == "ready"
+
+
 def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
     arguments = ("run", "efficiency", "-a", "dense", "--seq-len", "1024", "--device", "cpu")
     answer = cat_bench(*arguments, "--batch-size", "1,1000000", "--dry-run")
@@ -465,10 +506,10 @@ def test_doctor_names_every_check_and_its_repair(cat_bench: Cli):
 def test_paper_lists_every_exhibit_with_an_honest_status(cat_bench: Cli):
     statuses = json.loads(cat_bench("paper", "--json").out)
     found = {status["name"]: status["status"] for status in statuses}
-    assert len(found) == 20  # Tables 1 to 13, Figures 2 to 8
+    assert len(found) == 23  # Tables 1 to 13, Figures 2 to 8, three of our own
     assert found["fig2"] == "not run" and found["table1"].startswith("not built")
     listed = cat_bench("paper")
-    assert listed.code == 0 and "fig2     Figure 2: " in listed.out
+    assert listed.code == 0 and re.search("^fig2 +Figure 2: ", listed.out, re.MULTILINE)
 
 
 def test_paper_renders_what_needs_no_run_and_says_where(cat_bench: Cli, results_folder: Path):

@@ -46,7 +46,7 @@ def test_a_case_is_planned_once() -> None:
 
 
 def test_reference_cases_come_first_last_and_in_between() -> None:
-    options = Options(batch_sizes=(1, 2, 3, 4), prompt_len=16, reference_every=2, repeats=5)
+    options = Options(batch_sizes=(1, 2, 3, 4), prompt_lens=(16,), reference_every=2, repeats=5)
     cases = plan([parse("cat-8")], options)
     numbers = [dict(case.settings).get("reference") for case in cases]
     assert numbers == ["0", None, None, "1", None, None, "2"]
@@ -54,6 +54,25 @@ def test_reference_cases_come_first_last_and_in_between() -> None:
     assert (first.arch, first.batch_size, first.seq_len, first.prompt_len) == ("dense", 16, 1024, 8)
     assert first.settings == (("reference", "0"), ("repeats", "5"))
     assert len({case.key for case in cases}) == len(cases)
+
+
+def test_prompt_lengths_are_a_list_too() -> None:
+    options = Options(prompt_lens=(8, 32), seq_lens=(64, 128), batch_sizes=(1,))
+    shapes = {(c.prompt_len, c.seq_len) for c in plan([parse("dense")], options)}
+    assert shapes == {(8, 64), (8, 128), (32, 64), (32, 128)}
+    options = Options(prompt_lens=(1024, 4096), new_tokens=1, batch_sizes=(1,))
+    cases = plan([parse("dense")], options)
+    assert {(c.prompt_len, c.seq_len, c.new_tokens) for c in cases} == {
+        (1024, 1025, 1),
+        (4096, 4097, 1),
+    }
+
+
+def test_the_forward_path_is_eager_unless_asked_for() -> None:
+    assert {c.forward_path for c in plan([parse("dense")], Options(device="cuda"))} == {"eager"}
+    cases = plan([parse("dense")], Options(forward_path="compile", reference_every=1))
+    assert {c.forward_path for c in cases if not c.settings} == {"compile"}
+    assert {c.forward_path for c in cases if c.settings} == {"eager"}  # comparable in all runs
 
 
 def test_hints_show_sensible_numbers() -> None:
@@ -72,14 +91,22 @@ def test_hints_show_sensible_numbers() -> None:
     [
         (Options(batch_sizes=(4, -1)), "--batch-size -1 is impossible"),
         (Options(seq_lens=(0,)), "--seq-len 0 is impossible"),
-        (Options(prompt_len=0), "--prompt-len 0 is impossible"),
-        (Options(prompt_len=64, seq_lens=(128, 64)), "leaves nothing to generate in --seq-len 64"),
+        (Options(prompt_lens=(0,)), "--prompt-len 0 is impossible"),
+        (
+            Options(prompt_lens=(64,), seq_lens=(128, 64)),
+            "leaves nothing to generate in --seq-len 64",
+        ),
         (Options(repeats=0), "--repeats 0 is impossible"),
         (Options(reference_every=-2), "--reference-every -2 is impossible"),
         (Options(dtype="float16"), "--dtype 'float16' is unknown"),
         (Options(device="tpu"), "--device 'tpu' is unknown"),
         (Options(seeds=(-1,)), "--seed -1"),
         (Options(batch_sizes=()), "--batch-size is empty"),
+        (Options(prompt_lens=()), "--prompt-len is empty"),
+        (Options(prompt_lens=(8, 64)), "--prompt-len 64 leaves nothing to generate"),
+        (Options(new_tokens=0), "--new-tokens 0 is impossible"),
+        (Options(new_tokens=1, seq_lens=(64,)), "--seq-len and --new-tokens both"),
+        (Options(activation_checkpointing=True), "--activation-checkpointing changes training"),
     ],
 )
 def test_bad_options_get_a_sentence(options: Options, said: str) -> None:
@@ -177,8 +204,15 @@ def test_repeats_can_be_asked_for() -> None:
 
 def test_one_new_token_has_no_decode_rows() -> None:
     rows = measured(tiny_case(DENSE, seq_len=6))
-    assert "latency_s" in rows and "ttft_s" in rows
-    assert not {"decode_s", "tokens_per_s", "tpot_s", "step_s"} & set(rows)
+    assert rows["ttft_s"].samples == rows["latency_s"].samples  # the same thing, timed once
+    assert not {"decode_s", "tokens_per_s", "tpot_s", "step_s", "floor_s"} & set(rows)
+
+
+def test_two_new_tokens_have_one_step_and_no_rate() -> None:
+    rows = measured(tiny_case(CAT, seq_len=7))
+    assert len(rows["step_s"].samples) == 1
+    assert rows["tpot_s"].samples == rows["decode_s"].samples
+    assert not {"tokens_per_s", "tokens_per_s_user"} & set(rows)  # half of them were no step
 
 
 def test_out_of_memory_keeps_the_rows_so_far_and_the_counters() -> None:

@@ -15,7 +15,7 @@ from cat_bench.errors import UserError
 from cat_bench.paper import _build, _curves, _lines, _one_run, _published, _settings, crossover
 
 EXHIBITS = [f"table{n}" for n in range(1, 14)] + [f"fig{n}" for n in range(2, 9)]
-EXHIBITS += ["crossover", "ttft"]  # our own
+EXHIBITS += ["crossover", "training", "ttft"]  # our own
 GPU = {"gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0",
        "command": "cat-bench paper fig3 --run", "cpu_name": "A CPU", "cpu_cores": 2}  # fmt: skip
 

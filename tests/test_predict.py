@@ -237,5 +237,5 @@ def test_an_unknown_budget_is_named() -> None:
 
 
 def test_planning_allocates_no_weights() -> None:
-    model = predict._meta_model("dense-2d", "eager", "bfloat16")
+    model = predict._meta_model("dense-2d", "eager", "eager", "bfloat16")
     assert {p.device for p in model.parameters()} == {torch.device("meta")}

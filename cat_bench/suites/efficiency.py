@@ -2,12 +2,15 @@
 
 Paper Figures 2, 3, 5 to 8 and Table 3; the definitions are evaluation_spec.md 4. Random weights in
 the case's dtype, a seeded prompt, greedy decoding without an end: every architecture makes exactly
-seq_len - prompt_len tokens, of which the prefill gives the first.
+seq_len - prompt_len tokens, of which the prefill gives the first. With one new token there is no
+step: rows of steps and rates are left out, and the latency is the time to first token.
 
 Settings of a case: "repeats" (the user's --repeats) and "reference" (0, 1, ...: the same Dense case
 over and over, whose drift shows whether the machine changed during a run).
 
 Try it: cat-bench run efficiency -a dense -a cat:chunk_size=8 --quick
+        cat-bench run efficiency -a dense -a cat-8:max_len=16385 --prompt-len 1024,4096,16384
+        --new-tokens 1 --batch-size 1                           (time to first token, on a GPU)
 """
 
 import itertools
@@ -32,6 +35,7 @@ EXAMPLES = {
     "--batch-size": 64,
     "--seq-len": 1024,
     "--prompt-len": PROMPT_LEN,
+    "--new-tokens": 1,
     "--repeats": 10,
     "--reference-every": REFERENCE_EVERY,
 }
@@ -39,6 +43,7 @@ GRIDS = {"cpu": ((1, 4), (64,)), "cuda": ((1, 16, 64, 256), (1024,))}  # batch s
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 DECODE_PATHS = {"cpu": "eager", "cuda": "cuda_graph"}
 SMOKE_WARMUPS, SMOKE_REPEATS = 1, 3
+MIN_RATE_TOKENS = 8  # new tokens; fewer are no decoding: rates and floors know steps, not prefills
 MAX_CLOCK_DIFFERENCE = 0.02  # host clock against CUDA events
 MAX_STEP_SUM_DIFFERENCE = 0.03  # sum of the instrumented steps against decode_s
 
@@ -49,12 +54,11 @@ MAX_STEP_SUM_DIFFERENCE = 0.03  # sum of the instrumented steps against decode_s
 def plan(specs: list[Spec], options: Options) -> list[Case]:
     """Specs x batch sizes x lengths x seeds, in a seeded random order, each case once."""
     _check(specs, options)
-    default_batch_sizes, default_seq_lens = GRIDS[options.device]
     cases = {
-        _case(options, spec.text, batch_size, seq_len, seed): None
+        _case(options, spec.text, batch_size, prompt_len, seq_len, seed): None
         for spec in specs
-        for batch_size in options.batch_sizes or default_batch_sizes
-        for seq_len in options.seq_lens or default_seq_lens
+        for batch_size in options.batch_sizes or GRIDS[options.device][0]
+        for prompt_len, seq_len in _lengths(options)
         for seed in options.seeds
     }
     ordered = list(cases)
@@ -64,8 +68,23 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
     return with_references(ordered, options, options.reference_every)
 
 
+def _lengths(options: Options) -> list[tuple[int, int]]:
+    """(prompt_len, seq_len) of every case: --new-tokens after each prompt, else all pairs."""
+    prompt_lens = options.prompt_lens or (PROMPT_LEN,)
+    if options.new_tokens is not None:
+        return [(prompt_len, prompt_len + options.new_tokens) for prompt_len in prompt_lens]
+    seq_lens = options.seq_lens or GRIDS[options.device][1]
+    return list(itertools.product(prompt_lens, seq_lens))
+
+
 def _case(
-    options: Options, arch: str, batch_size: int, seq_len: int, seed: int, **settings: int
+    options: Options,
+    arch: str,
+    batch_size: int,
+    prompt_len: int,
+    seq_len: int,
+    seed: int,
+    **settings: int,
 ) -> Case:
     if options.repeats is not None:
         settings["repeats"] = options.repeats
@@ -73,19 +92,16 @@ def _case(
         suite="efficiency",
         arch=arch,
         batch_size=batch_size,
-        prompt_len=_prompt_len(options),
+        prompt_len=prompt_len,
         seq_len=seq_len,
         dtype=options.dtype or DTYPES[options.device],
         device=options.device,
         seed=seed,
         decode_path=options.decode_path or DECODE_PATHS[options.device],
+        forward_path=options.forward_path or "eager",
         scale=options.scale,
         settings=tuple(sorted((key, str(value)) for key, value in settings.items())),
     )
-
-
-def _prompt_len(options: Options) -> int:
-    return PROMPT_LEN if options.prompt_len is None else options.prompt_len
 
 
 def with_references(cases: list[Case], options: Options, every: int) -> list[Case]:
@@ -104,12 +120,33 @@ def with_references(cases: list[Case], options: Options, every: int) -> list[Cas
 
 def _reference(options: Options, number: int) -> Case:
     arch, batch_size, seq_len = REFERENCE
-    fixed = replace(options, prompt_len=PROMPT_LEN)  # references of all runs are comparable
-    return _case(fixed, arch, batch_size, seq_len, options.seeds[0], reference=number)
+    fixed = replace(options, forward_path=None)  # references of all runs are comparable
+    return _case(fixed, arch, batch_size, PROMPT_LEN, seq_len, options.seeds[0], reference=number)
 
 
 def _check(specs: list[Spec], options: Options) -> None:
     """Raises UserError for the first option that makes no sense."""
+    check_options(specs, options)
+    if options.activation_checkpointing:
+        raise UserError(
+            "--activation-checkpointing changes training only.", "Use it with `run training`."
+        )
+    if options.seq_lens is not None and options.new_tokens is not None:
+        raise UserError(
+            "--seq-len and --new-tokens both say how long a sequence becomes.",
+            "Drop one of them: --new-tokens N means a --seq-len of the prompt + N.",
+        )
+    for prompt_len, seq_len in _lengths(options):
+        if prompt_len >= seq_len:
+            raise UserError(
+                f"--prompt-len {prompt_len} leaves nothing to generate in --seq-len {seq_len}, "
+                f"which counts prompt and new tokens.",
+                f"Use a --prompt-len below {seq_len}, a longer --seq-len, or --new-tokens N alone.",
+            )
+
+
+def check_options(specs: list[Spec], options: Options) -> None:
+    """Raises UserError for the first option that makes no sense in any suite that times models."""
     if not specs:
         raise UserError("no architecture was given.", "Add one, for example -a dense.")
     if options.device not in GRIDS:
@@ -120,28 +157,22 @@ def _check(specs: list[Spec], options: Options) -> None:
         )
     _check_counts("--batch-size", options.batch_sizes)
     _check_counts("--seq-len", options.seq_lens)
-    _check_counts("--prompt-len", [_prompt_len(options)])
-    _check_counts("--repeats", [] if options.repeats is None else [options.repeats])
-    _check_counts(
-        "--reference-every", [] if options.reference_every is None else [options.reference_every]
-    )
+    _check_counts("--prompt-len", options.prompt_lens)
+    for flag, value in (
+        ("--new-tokens", options.new_tokens),
+        ("--repeats", options.repeats),
+        ("--reference-every", options.reference_every),
+    ):
+        _check_counts(flag, None if value is None else [value])
     if not options.seeds or min(options.seeds) < 0:
         raise UserError(
             f"--seed {', '.join(map(str, options.seeds)) or 'is empty'}: seeds are 0 or more.",
             "Example: --seed 0,1,2",
         )
-    prompt_len = _prompt_len(options)
-    for seq_len in options.seq_lens or GRIDS[options.device][1]:
-        if prompt_len >= seq_len:
-            raise UserError(
-                f"--prompt-len {prompt_len} leaves nothing to generate in --seq-len {seq_len}, "
-                f"which counts prompt and new tokens.",
-                f"Use a --prompt-len below {seq_len}, or a longer --seq-len.",
-            )
 
 
 def _check_counts(flag: str, values: Sequence[int] | None) -> None:
-    if values is not None and len(values) == 0 and flag in ("--batch-size", "--seq-len"):
+    if values is not None and len(values) == 0:
         raise UserError(f"{flag} is empty.", f"Example: {flag} {EXAMPLES[flag]}")
     for value in values or ():
         if value < 1:
@@ -195,6 +226,9 @@ def _timed_rows(case: Case, model: "Architecture") -> Generator[Record, None, "T
     yield from _generation_rows(case, generation)
     yield from _memory_rows(case, model)
 
+    if case.new_tokens == 1:  # the whole generation is the first token: no need to time it twice
+        yield _sampled(case, "ttft_s", generation.latency_s, "s")
+        return generation
     first_token = profiler.timed(
         lambda mark: generate.first_token(model, prompt, state, tokens),
         case.device,
@@ -243,9 +277,10 @@ def _generation_rows(case: Case, timing: "Timing") -> Iterator[Record]:
     if new > 1:
         decode_s = timing.decode_s
         yield _sampled(case, "decode_s", decode_s, "s")
+        yield _sampled(case, "tpot_s", [s / (new - 1) for s in decode_s], "s")
+    if new >= MIN_RATE_TOKENS:
         yield _sampled(case, "tokens_per_s", [new_all / s for s in decode_s], "tokens/s")
         yield _sampled(case, "tokens_per_s_user", [new / s for s in decode_s], "tokens/s")
-        yield _sampled(case, "tpot_s", [s / (new - 1) for s in decode_s], "s")
     if abs(timing.clock_difference) > MAX_CLOCK_DIFFERENCE:
         yield _row(case, "clock_difference", timing.clock_difference, "1")
     energy_j = timing.energy_j
@@ -271,8 +306,6 @@ def _memory_rows(case: Case, model: Any) -> Iterator[Record]:
 
 def _step_rows(case: Case, steps: "list[StepTime]", timing: "Timing") -> Iterator[Record]:
     """Every step, in order; once more by class where the architecture has classes."""
-    if not steps:
-        return
     durations_s = [step.duration_s for step in steps]
     yield _sampled(case, "step_s", durations_s, "s")
     for kind in sorted({step.kind for step in steps} - {"step"}):
@@ -299,12 +332,14 @@ def _floor_rows(case: Case, model: Any, timing: "Timing", measured: "Ceilings") 
     """The least that a generation can take on this device, from ceilings of the same process."""
     from cat_bench.predict import generation_floor_s
 
-    shape = case.batch_size, case.prompt_len, case.seq_len
-    floor_s = generation_floor_s(model, *shape, measured)
-    ratio = floor_s / statistics.median(timing.latency_s)
     bandwidth = measured.read_bandwidth_bytes_per_s
     yield _row(case, "read_bandwidth_bytes_per_s", bandwidth, "bytes/s")
     yield _row(case, "matmul_flops_per_s", measured.matmul_flops_per_s, "FLOP/s")
+    if case.new_tokens < MIN_RATE_TOKENS:
+        return
+    shape = case.batch_size, case.prompt_len, case.seq_len
+    floor_s = generation_floor_s(model, *shape, measured)
+    ratio = floor_s / statistics.median(timing.latency_s)
     yield _row(case, "floor_s", floor_s, "s")
     yield _row(case, "latency_floor_ratio", ratio, "1")
 

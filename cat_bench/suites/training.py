@@ -1,0 +1,313 @@
+"""Training: time, tokens/s, memory and FLOPs of one training step (paper Appendix B.5).
+
+A step is forward, loss, backward, clipping at 1.0 and AdamW, as in Appendix E.3. On a GPU: float32
+weights under bfloat16 autocast and 16,384 tokens a step. Random tokens, the same for every
+architecture. Where a model has `hidden` and a head, the logits never exist in full (loss.py).
+
+The forward path of a case is the first that its architecture has of FORWARD_PATHS, or the one asked
+for. The loss follows it: eager on the eager path and on a CPU, else the Triton kernel.
+
+Settings of a case: "autocast" ("bfloat16", or missing: none; the case's dtype is the weights'),
+"repeats", and "checkpoint" (activation checkpointing, which an architecture offers by an attribute
+`checkpoint_blocks` that its `hidden` follows). The case's prompt_len is 0: nothing is generated.
+
+Try it: cat-bench run training -a dense -a cat:chunk_size=8 --quick
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cat_bench import spec
+from cat_bench.case import Case, Options, Record
+from cat_bench.errors import UserError
+from cat_bench.spec import Spec
+from cat_bench.suites import efficiency
+
+if TYPE_CHECKING:
+    from cat_bench.architecture import Architecture, Tokens
+    from cat_bench.profiler import Timing
+
+TOKENS_PER_STEP = 16_384  # on a GPU; divided by the length it is the default batch size
+SEQ_LENS = {"cpu": (64,), "cuda": (1024, 4096)}
+BATCH_SIZE_CPU = 2
+AUTOCAST = {"cpu": "float32", "cuda": "bfloat16"}
+FORWARD_PATHS = {"cpu": ("eager",), "cuda": ("compile", "upstream", "eager")}
+LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 8e-4, (0.9, 0.95), 0.1, 1.0  # Appendix E.3
+PARTS = ("forward", "backward", "optimizer")
+WARMUPS, REPEATS = 3, 10  # steps; the first warm-up compiles
+SMOKE_WARMUPS, SMOKE_REPEATS = 1, 3
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+def plan(specs: list[Spec], options: Options) -> list[Case]:
+    """Specs x lengths x batch sizes x seeds, in a seeded random order, each case once."""
+    _check(specs, options)
+    if options.seq_lens is None:  # our own choice of lengths must not be too long for anyone
+        specs = [_long_enough(one, max(SEQ_LENS[options.device])) for one in specs]
+    cases = {
+        _case(options, one, batch_size, seq_len, seed): None
+        for one in specs
+        for seq_len in options.seq_lens or SEQ_LENS[options.device]
+        for batch_size in options.batch_sizes or (default_batch_size(options.device, seq_len),)
+        for seed in options.seeds
+    }
+    ordered = list(cases)
+    random.Random(0).shuffle(ordered)  # a slow drift of the machine must not favour one side
+    if options.reference_every is None:
+        return ordered
+    return efficiency.with_references(ordered, options, options.reference_every)
+
+
+def _long_enough(one: Spec, seq_len: int) -> Spec:
+    """With a `max_len` of at least `seq_len`, where it has one that the user did not give."""
+    field = spec.describe(one.name).fields.get("max_len")
+    held = one.overrides.get("max_len", field.default if field else None)
+    if not isinstance(held, int) or held >= seq_len or "max_len" in one.given:
+        return one
+    overrides = dict(sorted({**one.overrides, "max_len": seq_len}.items()))
+    return replace(one, overrides=overrides)
+
+
+def default_batch_size(device: str, seq_len: int) -> int:
+    return max(1, TOKENS_PER_STEP // seq_len) if device == "cuda" else BATCH_SIZE_CPU
+
+
+def default_forward_path(name: str, device: str) -> str:
+    """The first of FORWARD_PATHS that the architecture's source names; eager where none is."""
+    known = spec.describe(name).forward_paths
+    return next((path for path in FORWARD_PATHS[device] if path in known), "eager")
+
+
+def settings_of(autocast: str, **others: str) -> tuple[tuple[str, str], ...]:
+    """The settings of a case: autocast where it is not off (float32, float64), and others."""
+    chosen = others | ({"autocast": autocast} if autocast == "bfloat16" else {})
+    return tuple(sorted(chosen.items()))
+
+
+def _case(options: Options, one: Spec, batch_size: int, seq_len: int, seed: int) -> Case:
+    autocast = options.dtype or AUTOCAST[options.device]
+    others = {} if options.repeats is None else {"repeats": str(options.repeats)}
+    others |= {"checkpoint": "true"} if options.activation_checkpointing else {}
+    return Case(
+        suite="training",
+        arch=one.text,
+        batch_size=batch_size,
+        prompt_len=0,
+        seq_len=seq_len,
+        dtype="float64" if autocast == "float64" else "float32",
+        device=options.device,
+        seed=seed,
+        forward_path=options.forward_path or default_forward_path(one.name, options.device),
+        scale=options.scale,
+        settings=settings_of(autocast, **others),
+    )
+
+
+def _check(specs: list[Spec], options: Options) -> None:
+    """Raises UserError for the first option that makes no sense."""
+    for flag, value in (
+        ("--prompt-len", options.prompt_lens),
+        ("--new-tokens", options.new_tokens),
+        ("--decode-path", options.decode_path),
+    ):
+        if value is not None:
+            raise UserError(f"{flag} means nothing to a training step.", f"Drop {flag}.")
+    if options.match in ("latency", "state"):
+        raise UserError(
+            f"--match {options.match} matches decoding, not training.",
+            "Use --match params or flops.",
+        )
+    efficiency.check_options(specs, options)
+
+
+# --- measure --------------------------------------------------------------------------------------
+
+
+def measure(case: Case, model: "Architecture") -> Iterator[Record]:
+    """All rows of one case. Out of memory: the rows so far, the memory counters, then the error."""
+    import torch
+
+    from cat_bench import profiler
+    from cat_bench.loss import output_head
+
+    _follow_settings(case, model)
+    yield _row(case, "num_params", model.num_params, "1")
+    yield _row(case, "num_params_non_embedding", model.num_params_non_embedding, "1")
+    yield _row(case, "weights_bytes", profiler.weights_bytes(model), "bytes")
+    yield _row(case, "chunked_loss", float(output_head(model) is not None), "1")  # 0: all logits
+    ceiling = profiler.matmul_flops_per_s(case.device, autocast_of(case), _protocol(case)[1])
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+    yield _row(case, "matmul_flops_per_s", ceiling, "FLOP/s")
+    step = Step(case, model)
+    try:
+        timing = yield from _timed_rows(case, step)
+    except torch.OutOfMemoryError:
+        yield from _memory_rows(case)
+        raise
+    yield from _flops_rows(case, model, timing, ceiling)
+
+
+def _follow_settings(case: Case, model: Any) -> None:
+    """Raises UserError where a setting asks for what the architecture does not offer."""
+    if "checkpoint" not in dict(case.settings):
+        return
+    if not hasattr(model, "checkpoint_blocks"):
+        raise UserError(
+            f"{case.arch} offers no activation checkpointing (it has no `checkpoint_blocks`).",
+            "Run it without --activation-checkpointing.",
+        )
+    model.checkpoint_blocks = True
+
+
+class Step:
+    """Forward, loss, backward, clipping and AdamW on one batch of random tokens."""
+
+    def __init__(self, case: Case, model: Any):
+        import torch
+
+        self.case, self.model = case, model.train()
+        self.tokens = random_tokens(case, model.config.vocab_size)  # (b, t + 1)
+        on_gpu = case.device == "cuda"
+        self.implementation = "triton" if on_gpu and case.forward_path != "eager" else "eager"
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=on_gpu
+        )
+
+    def __call__(self, on_part: Callable[[], object] = lambda: None) -> None:
+        """`on_part()` is called after the forward, the backward and the optimizer part."""
+        import torch
+
+        from cat_bench.loss import next_token_loss
+
+        inputs, targets = self.tokens[:, :-1], self.tokens[:, 1:]
+        half = autocast_of(self.case) == "bfloat16"
+        with torch.autocast(self.case.device, torch.bfloat16, enabled=half):
+            loss = next_token_loss(self.model, inputs, targets, self.implementation)
+        on_part()
+        loss.backward()
+        on_part()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        on_part()
+        self.loss = loss.detach()  # before this update
+
+    @property
+    def optimizer_bytes(self) -> int:
+        held = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.nbytes for value in held if hasattr(value, "nbytes"))
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+
+
+def random_tokens(case: Case, vocab_size: int) -> "Tokens":
+    """(b, t + 1) ids of the whole vocabulary, the same for every architecture and device."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(case.seed)
+    shape = (case.batch_size, case.seq_len + 1)
+    return torch.randint(0, vocab_size, shape, generator=generator).to(case.device)
+
+
+def autocast_of(case: Case) -> str:
+    """The dtype of the matrix products."""
+    return dict(case.settings).get("autocast", case.dtype)
+
+
+def _protocol(case: Case) -> tuple[int, int]:
+    """Warm-ups and repeats."""
+    smoke = case.scale == "smoke"
+    repeats = dict(case.settings).get("repeats", SMOKE_REPEATS if smoke else REPEATS)
+    return SMOKE_WARMUPS if smoke else WARMUPS, int(repeats)
+
+
+def _timed_rows(case: Case, step: Step) -> Generator[Record, None, "Timing"]:
+    """Everything that trains; returns the timing of whole steps."""
+    from cat_bench import profiler
+
+    warmups, repeats = _protocol(case)
+    meter = profiler.energy_meter(case.device)
+    timing = profiler.timed(lambda _: step(), case.device, warmups, repeats, meter)
+    yield from _step_rows(case, timing)
+    yield from _memory_rows(case)
+    yield from _part_rows(case, step, repeats)
+    held: list[int] = []
+    step(lambda: held.append(step.gradient_bytes))
+    yield _row(case, "gradients_bytes", max(held), "bytes")
+    yield _row(case, "optimizer_bytes", step.optimizer_bytes, "bytes")
+    loss = float(step.loss)
+    yield _row(case, "loss", loss, "1")
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss became {loss}: the times of such a step mean nothing.")
+    return timing
+
+
+def _step_rows(case: Case, timing: "Timing") -> Iterator[Record]:
+    tokens = case.batch_size * case.seq_len
+    yield _row(case, "compile_s", timing.warmups[0].host_s, "s")  # the first step, with all tuning
+    yield _sampled(case, "train_step_s", timing.latency_s, "s")
+    yield _sampled(case, "host_latency_s", timing.host_latency_s, "s")
+    yield _sampled(case, "tokens_per_s", [tokens / s for s in timing.latency_s], "tokens/s")
+    energy_j = timing.energy_j
+    if energy_j:  # the mean, for only the sum over all repeats is free of the counter's own steps
+        mean_j = statistics.fmean(energy_j)
+        yield _row(case, "energy_j", mean_j, "J", energy_j)
+        yield _row(case, "energy_per_token_j", mean_j / tokens, "J", [j / tokens for j in energy_j])
+
+
+def _part_rows(case: Case, step: Step, repeats: int) -> Iterator[Record]:
+    """Forward with loss, backward, and optimizer with clipping: timed apart from the repeats."""
+    from cat_bench.profiler import Marks, synchronize
+
+    parts: list[list[float]] = []
+    for _ in range(repeats):
+        marks = Marks(case.device)
+        marks.add()
+        step(marks.add)
+        synchronize(case.device)
+        parts.append(marks.intervals_s())
+    for name, samples in zip(PARTS, zip(*parts, strict=True), strict=True):
+        yield _sampled(case, f"{name}_s", list(samples), "s")
+
+
+def _memory_rows(case: Case) -> Iterator[Record]:
+    """Peaks of the last step."""
+    from cat_bench.profiler import memory_counters
+
+    for name, num_bytes in memory_counters(case.device).items():
+        yield _row(case, name, num_bytes, "bytes")
+
+
+def _flops_rows(
+    case: Case, model: "Architecture", timing: "Timing", ceiling: float
+) -> Iterator[Record]:
+    """Useful FLOPs by formula, over the datasheet (mfu) and over the measured matmul rate."""
+    import torch
+
+    from cat_bench.predict import datasheet_flops_per_s, train_flops
+
+    flops = train_flops(model, case.batch_size, case.seq_len)
+    rate = flops / statistics.median(timing.latency_s)
+    yield _row(case, "train_flops", flops, "FLOP")
+    yield _row(case, "matmul_flops_ratio", rate / ceiling, "1")
+    name = torch.cuda.get_device_name() if case.device == "cuda" else ""
+    datasheet = datasheet_flops_per_s(name)
+    if datasheet and autocast_of(case) == "bfloat16":
+        yield _row(case, "mfu", rate / datasheet, "1")
+
+
+def _row(case: Case, metric: str, value: float, unit: str, samples: Sequence[float] = ()) -> Record:
+    return Record(case.key, metric, value, unit, list(samples))
+
+
+def _sampled(case: Case, metric: str, samples: list[float], unit: str) -> Record:
+    return _row(case, metric, statistics.median(samples), unit, samples)

@@ -1,0 +1,326 @@
+"""The training suite: its plan, every row of a step, the table and the exhibit made of them."""
+
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cat_bench import compare, predict, spec, store, tables
+from cat_bench.architecture import build, generation_flops
+from cat_bench.case import Case, Options, Record
+from cat_bench.errors import UserError
+from cat_bench.paper import _build
+from cat_bench.paper import training as exhibit
+from cat_bench.spec import parse
+from cat_bench.suites import training
+from cat_bench.suites.training import measure, plan
+
+DENSE = "dense:num_layers=1,vocab_size=96,width=64"
+CAT = "cat:chunk_size=4,max_len=64,num_layers=1,vocab_size=96,width=64"
+GPU = {"gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0",
+       "command": "cat-bench run training", "cpu_name": "A CPU", "cpu_cores": 2}  # fmt: skip
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+def test_defaults_follow_the_device() -> None:
+    (on_cpu,) = plan([parse("dense")], Options())
+    assert (on_cpu.batch_size, on_cpu.seq_len, on_cpu.prompt_len) == (2, 64, 0)
+    assert (on_cpu.dtype, on_cpu.forward_path, on_cpu.settings) == ("float32", "eager", ())
+    on_cuda = plan([parse("dense")], Options(device="cuda"))
+    assert {(c.batch_size, c.seq_len) for c in on_cuda} == {(16, 1024), (4, 4096)}
+    assert {(c.dtype, c.decode_path, c.forward_path, c.settings) for c in on_cuda} == {
+        ("float32", "eager", "compile", (("autocast", "bfloat16"),))
+    }
+
+
+def test_the_plan_is_the_product_and_the_same_every_time() -> None:
+    options = Options(batch_sizes=(1, 2), seq_lens=(64, 128), seeds=(0, 1), repeats=5)
+    cases = plan([parse("dense"), parse("cat-8")], options)
+    assert cases == plan([parse("dense"), parse("cat-8")], options)
+    assert len({c.key for c in cases}) == len(cases) == 16
+    assert {c.settings for c in cases} == {(("repeats", "5"),)}
+    assert [c.batch_size for c in cases] != sorted(c.batch_size for c in cases)  # shuffled
+
+
+def test_references_watch_the_drift() -> None:
+    cases = plan([parse("dense")], Options(device="cuda", reference_every=2, repeats=5))
+    assert [c.suite for c in cases] == ["efficiency", "training", "training", "efficiency"]
+
+
+def test_our_own_lengths_are_too_long_for_nobody() -> None:
+    archs = {c.arch for c in plan([parse("cat-16")], Options(device="cuda"))}
+    assert archs == {"cat:chunk_size=16,max_len=4096"}
+    given = plan([parse("cat-16:max_len=2048")], Options(device="cuda"))
+    assert {c.arch for c in given} == {"cat:chunk_size=16,max_len=2048"}
+    asked = plan([parse("cat-16")], Options(device="cuda", seq_lens=(4096,)))
+    with pytest.raises(UserError, match="needs 256 chunk positions"):
+        predict.resolve(asked)
+
+
+def test_the_forward_path_is_the_first_that_the_source_names(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "class Config:\n    width: int = 64\n\n"
+        "class Model:\n    forward_paths = ('eager', 'strange', 'upstream')\n"
+    )
+    assert training.default_forward_path(str(mine), "cuda") == "upstream"
+    assert training.default_forward_path(str(mine), "cpu") == "eager"
+    assert training.default_forward_path("dense", "cuda") == "compile"
+    (asked,) = plan([parse("dense")], Options(forward_path="compile"))
+    assert asked.forward_path == "compile"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (Options(prompt_lens=(8,)), "--prompt-len means nothing"),
+        (Options(new_tokens=1), "--new-tokens means nothing"),
+        (Options(decode_path="eager"), "--decode-path means nothing"),
+        (Options(match="latency"), "--match latency matches decoding"),
+        (Options(match="state"), "--match state matches decoding"),
+        (Options(batch_sizes=(0,)), "--batch-size 0 is impossible"),
+        (Options(seq_lens=(-4,)), "--seq-len -4 is impossible"),
+        (Options(repeats=0), "--repeats 0 is impossible"),
+        (Options(dtype="int8"), "--dtype 'int8' is unknown"),
+    ],
+)
+def test_bad_options_get_a_sentence(options: Options, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan([parse("dense")], options)
+    assert said in error.value.message and error.value.hint
+
+
+def test_the_plan_predicts_gradients_and_moments_not_a_state() -> None:
+    cases = plan([parse("dense")], Options(device="cuda"))
+    rows = predict.resolve(cases, "NVIDIA H200")
+    for case in cases:
+        row, model = rows[case.key], build(parse("dense"), device="meta")
+        assert row["weights_bytes"] == 4 * model.num_params and row["state_bytes"] == 0
+        assert row["training_bytes"] == 3 * row["weights_bytes"]
+        flops = 3 * generation_flops(model, case.batch_size, case.seq_len)
+        assert row["floor_s"] == pytest.approx(flops / 790e12)
+    table = predict.plan_table(cases, rows, 141e9)
+    assert set(table["gradients + Adam GiB"]) == {"2.88"}
+
+
+# --- measure --------------------------------------------------------------------------------------
+
+
+def tiny_case(arch: str, **changes: object) -> Case:
+    fields = {"batch_size": 2, "seq_len": 24, "scale": "smoke"} | changes
+    return Case("training", arch, prompt_len=0, dtype="float32", device="cpu", **fields)
+
+
+def measured(case: Case, model: nn.Module | None = None) -> dict[str, Record]:
+    model = model or build(parse(case.arch), dtype=case.dtype)
+    return {record.metric: record for record in measure(case, model)}
+
+
+@pytest.mark.parametrize("arch", [DENSE, CAT])
+def test_every_row_of_a_step(arch: str) -> None:
+    rows = measured(tiny_case(arch))
+    assert set(rows) == {
+        *("num_params", "num_params_non_embedding", "weights_bytes", "chunked_loss"),
+        *("matmul_flops_per_s", "compile_s", "train_step_s", "host_latency_s", "tokens_per_s"),
+        *("peak_rss_bytes", "forward_s", "backward_s", "optimizer_s"),
+        *("gradients_bytes", "optimizer_bytes", "loss", "train_flops", "matmul_flops_ratio"),
+    }
+    step_s = rows["train_step_s"]
+    assert len(step_s.samples) == len(rows["forward_s"].samples) == 3  # smoke
+    assert rows["tokens_per_s"].samples == pytest.approx([2 * 24 / s for s in step_s.samples])
+    assert rows["chunked_loss"].value == 1
+    weights = rows["weights_bytes"].value
+    assert rows["gradients_bytes"].value == weights
+    assert 2 * weights <= rows["optimizer_bytes"].value < 2.01 * weights  # and step counters
+    flops = 3 * generation_flops(build(parse(arch)), 2, 24)
+    assert rows["train_flops"].value == flops
+    rate = flops / statistics.median(step_s.samples)
+    ratio = rate / rows["matmul_flops_per_s"].value
+    assert rows["matmul_flops_ratio"].value == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("arch", [DENSE, CAT])
+def test_steps_learn_the_batch(arch: str) -> None:
+    step = training.Step(tiny_case(arch), build(parse(arch)))
+    losses = []
+    for _ in range(12):
+        step()
+        losses.append(float(step.loss))
+    assert losses[0] == pytest.approx(math.log(96), rel=0.15)  # random: as likely as any other
+    assert losses[-1] < losses[0] - 0.5
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_all_architectures_get_the_same_tokens() -> None:
+    one, other = (training.random_tokens(tiny_case(arch), 96) for arch in (DENSE, CAT))
+    assert torch.equal(one, other) and one.shape == (2, 25) and len(one.unique()) > 30
+
+
+def test_bfloat16_is_autocast_over_float32_weights() -> None:
+    (case,) = plan([parse(DENSE)], Options(dtype="bfloat16", seq_lens=(24,)))
+    assert (case.dtype, training.autocast_of(case)) == ("float32", "bfloat16")
+    model = build(parse(DENSE))
+    seen = []
+    model.blocks[0].w2.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    training.Step(case, model)()
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class Plain(nn.Module):
+    """A user's model: `forward` and no `hidden`."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.config, self.step_costs = inner, inner.config, inner.step_costs
+        self.num_params = self.num_params_non_embedding = 1
+        self.forward = inner.forward
+
+
+def test_a_model_without_hidden_trains_on_its_logits() -> None:
+    case = tiny_case(DENSE)
+    rows, known = measured(case, Plain(build(parse(DENSE)))), measured(case)
+    assert rows["chunked_loss"].value == 0
+    assert rows["loss"].value == pytest.approx(known["loss"].value, rel=1e-4)
+
+
+def test_activation_checkpointing_is_the_architectures_to_offer() -> None:
+    (case,) = plan([parse(DENSE)], Options(activation_checkpointing=True, seq_lens=(24,)))
+    case = replace(case, scale="smoke")
+    assert ("checkpoint", "true") in case.settings
+    with pytest.raises(UserError, match="offers no activation checkpointing"):
+        measured(case, Plain(build(parse(DENSE))))
+    model = Plain(build(parse(DENSE)))
+    model.checkpoint_blocks = False
+    measured(case, model)
+    assert model.checkpoint_blocks is True
+
+
+def test_a_loss_that_is_no_number_fails_the_case() -> None:
+    model = build(parse(DENSE))
+    with torch.no_grad():
+        model.head.weight.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="the loss became nan"):
+        measured(tiny_case(DENSE), model)
+
+
+def test_out_of_memory_keeps_the_rows_so_far_and_the_counters() -> None:
+    model = build(parse(DENSE))
+
+    def hidden(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.hidden = hidden
+    kept = []
+    with pytest.raises(torch.OutOfMemoryError):
+        for record in measure(tiny_case(DENSE), model):
+            kept.append(record.metric)
+    assert {"num_params", "matmul_flops_per_s"} <= set(kept)
+    assert kept[-1] == "peak_rss_bytes" and "train_step_s" not in kept
+
+
+def test_mfu_needs_a_known_gpu() -> None:
+    assert predict.datasheet_flops_per_s("NVIDIA H200") == 989.4e12
+    assert predict.datasheet_flops_per_s("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert predict.datasheet_flops_per_s("NVIDIA H100 PCIe") is None  # a slower card
+    assert predict.datasheet_flops_per_s("") is None
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def made_up(results: Path, cases: list[Case], factor: float = 1.0) -> store.Run:
+    """A run in which CAT takes 3 s a step, Dense-2D 2 s and Dense 1 s, times `factor`."""
+    labels = {"cat": "CAT-8", "dense:width=2048": "Dense-2D", "dense": "Dense"}
+    known = {c.key: labels.get(c.arch, labels[c.arch.split(":")[0]]) for c in cases}
+    seconds = {"CAT-8": 3 * factor, "Dense-2D": 2 * factor, "Dense": factor}
+    resolved = {key: {"label": label, "config": {}} for key, label in known.items()}
+    run = store.Run.create(results, "made-up", GPU, cases, resolved)
+    for case in cases:
+        s = seconds[known[case.key]]
+        rows = [
+            Record(case.key, "train_step_s", s, "s", [s] * 5),
+            Record(case.key, "tokens_per_s", 16_384 / s, "tokens/s", [16_384 / s] * 5),
+            Record(case.key, "peak_allocated_bytes", s * 2**30, "bytes"),
+            Record(case.key, "peak_reserved_bytes", s * 2**31, "bytes"),
+            Record(case.key, "train_flops", s * 1e12, "FLOP"),
+            Record(case.key, "mfu", 0.5, "1"),
+        ]
+        run.append([*rows, Record(case.key, "case", 1.0, "s")])
+    return run
+
+
+def three_cases() -> list[Case]:
+    specs = [parse(name) for name in ("cat-8", "dense", "dense-2d")]
+    return plan(specs, Options(device="cuda", seq_lens=(1024,), forward_path="eager"))
+
+
+def test_the_table_of_a_run_has_ratios_and_the_forward_path(tmp_path: Path) -> None:
+    made = tables.run_table(made_up(tmp_path, three_cases()))
+    assert "forward eager" in made.heading and "autocast bfloat16" in made.heading
+    assert "prompt" not in made.heading
+    text = made.text.set_index("architecture")
+    assert text.loc["CAT-8", "vs Dense"] == "3.00x slower [3.00, 3.00]"
+    assert text.loc["CAT-8", "vs Dense-2D"] == "1.50x slower [1.50, 1.50]"
+    assert text.loc["Dense", "MFU"] == "50 %"
+    assert tables.details_table(tables.frame([made_up(tmp_path, three_cases())])) is None
+
+
+def test_a_drift_reference_adds_no_table_of_steps(tmp_path: Path) -> None:
+    cases = three_cases()
+    run = made_up(tmp_path, cases)
+    (reference, *_) = plan([parse("dense")], Options(device="cuda", reference_every=1))
+    run.extend_plan([reference], {reference.key: {"label": "Dense", "config": {}}})
+    steps = Record(reference.key, "step_s", 0.1, "s", [0.1] * 9)
+    latency = Record(reference.key, "latency_s", 1.0, "s", [1.0] * 5)
+    run.append([steps, latency, Record(reference.key, "case", 1.0, "s")])
+    assert tables.details_table(tables.frame([run])) is None
+    assert len(tables.run_table(run).text) == 3
+    assert len(tables.full_table(tables.frame([run])).text) == 3
+
+
+def test_a_slower_step_is_a_regression(tmp_path: Path) -> None:
+    runs = [made_up(tmp_path, three_cases(), factor) for factor in (1.0, 1.2)]
+    assert compare.compare_table(*runs).num_worse == 3
+
+
+def test_other_autocast_is_no_reference(tmp_path: Path) -> None:
+    cases = three_cases()
+    exact = [replace(c, settings=()) if c.arch == "dense" else c for c in cases]
+    made = tables.run_table(made_up(tmp_path, exact))
+    assert made.text.set_index("architecture").loc["CAT-8", "vs Dense"] == "-"
+
+
+# --- the exhibit ----------------------------------------------------------------------------------
+
+
+def test_the_exhibit_follows_the_rules_of_the_suite() -> None:
+    assert (*exhibit.FAST_PATHS, "eager") == training.FORWARD_PATHS["cuda"]
+    assert exhibit.TOKENS_PER_STEP == training.TOKENS_PER_STEP
+    assert exhibit.SEQ_LENS == training.SEQ_LENS["cuda"]
+    ours = {c for c in exhibit.plan("h100") if c.arch.startswith("dense")}
+    specs = [parse("dense"), parse("dense-2d")]
+    assert ours == set(plan(specs, Options(device="cuda", scale="h100")))
+    assert len(exhibit.plan("smoke")) == 2
+    assert "training" in [name for name, _ in spec.exhibits()]
+
+
+def test_the_exhibit_puts_the_claims_beside_the_ratios(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(exhibit, "TRAINED", ("dense", "dense-2d", "cat-8"))
+    monkeypatch.setattr(exhibit, "fast_path", lambda name: "compile")
+    made_up(tmp_path, exhibit.plan("h100"))
+    records = _build.find(_build.all_records(tmp_path)[0], exhibit.plan("h100")).records
+    (table,) = exhibit.render(records, (), "h100").tables
+    text = table.text.set_index(["length", "architecture"])
+    cat = text.loc["1024", "CAT-8"]
+    assert cat["time / Dense"] == "3.00x" and cat["time / Dense-2D"] == "1.50x"
+    assert cat["memory / Dense"] == "3.00x" and cat["allocated GiB"] == "3.00"
+    assert (cat["paper"], cat["paper (memory)"]) == ("<= 2x", "<= 2x")
+    assert text.loc["4096", "CAT-8"]["paper"] == "<= 1.5x"
+    assert text.loc["4096", "Dense"]["paper"] == "-"
