@@ -523,8 +523,8 @@ def upstream_generate(model: Model) -> Callable[[Tensor, int], Tensor]:
     """mamba-ssm's own model and decoding loop on our weights: (prompt (b, p), seq_len) -> (b,
     seq_len) tokens, greedy, its step a CUDA graph. What our loop is measured against.
 
-    Its settings are its fastest: kernels that fuse residual and norm, float32 residuals. S is stored
-    as our model stores it, so that both loops move the same bytes.
+    Its settings are its fastest: kernels that fuse residual and norm, float32 residuals. S is
+    stored as our model stores it, so that both loops move the same bytes.
     """
     import_mamba_ssm(with_conv1d=True)
     from mamba_ssm.models.config_mamba import MambaConfig

@@ -68,9 +68,12 @@ def forget_upstream() -> None:
         del sys.modules[name]
 
 
-def models(dtype: str, d_state: int, **fast: str) -> tuple[mamba2.Model, mamba2.Model]:
+def models(
+    dtype: str, d_state: int, state_dtype: str = "model", **fast: str
+) -> tuple[mamba2.Model, mamba2.Model]:
     """The eager model and one on the given path, with equal weights."""
-    config = mamba2.Config(width=256, num_layers=2, vocab_size=512, d_state=d_state)
+    sizes = {"width": 256, "num_layers": 2, "vocab_size": 512}
+    config = mamba2.Config(**sizes, d_state=d_state, state_dtype=state_dtype)
     torch.manual_seed(0)
     eager, other = mamba2.Model(config), mamba2.Model(config, **fast)
     contract.randomise(eager, std=0.06)
@@ -132,14 +135,15 @@ def test_gradients(d_state: int, autocast: bool) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("d_state", D_STATES)
+@pytest.mark.parametrize("kept", ["model", "float32"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_64_steps(path: str, d_state: int, dtype: str, bound: float) -> None:
+def test_64_steps(path: str, d_state: int, kept: str, dtype: str, bound: float) -> None:
     """After a prompt of 5 tokens: the logits, and what the state then holds."""
-    eager, fast = models(dtype, d_state, decode_path=path)
+    eager, fast = models(dtype, d_state, kept, decode_path=path)
     tokens = tokens_of(3, 69)
     (got, state), (expected, exact) = (contract.decode(m, tokens, [5]) for m in (fast, eager))
     assert contract.relative_norm(got, expected) < bound
-    assert state.matrices.dtype == torch.float32
+    assert state.matrices.dtype == exact.matrices.dtype
     for own, reference in [(state.matrices, exact.matrices), (state.columns, exact.columns)]:
         assert contract.relative_norm(own, reference) < bound
 
@@ -204,13 +208,12 @@ def test_logits_of_mamba_ssm_with_mapped_weights(dtype: str) -> None:
 
 
 @needs_conv1d
-@pytest.mark.parametrize("float32_state", [False, True])
-def test_upstream_generate_gives_our_tokens(float32_state: bool) -> None:
+def test_upstream_generate_gives_our_tokens() -> None:
     """32 tokens in float32, twice: the second call replays the captured graph."""
     pytest.importorskip("transformers", reason="mamba-ssm's whole model imports it")
     for path in ("eager", "upstream_graph"):
         _, ours = models("float32", 128, decode_path=path)
-        run = mamba2.upstream_generate(ours, float32_state)
+        run = mamba2.upstream_generate(ours)
         for seed_len in (8, 8, 11):
             prompt = tokens_of(4, seed_len)
             assert torch.equal(run(prompt, seed_len + 32), greedy(ours, prompt, 32))
@@ -220,11 +223,11 @@ def test_upstream_generate_gives_our_tokens(float32_state: bool) -> None:
 def test_upstream_generate_in_bfloat16() -> None:
     """Rounded S or float32 S: both run, and start as ours does."""
     pytest.importorskip("transformers", reason="mamba-ssm's whole model imports it")
-    _, ours = models("bfloat16", 128, decode_path="upstream_graph")
     prompt = tokens_of(4, 8)
-    expected = greedy(ours, prompt, 16)
-    for float32_state in (False, True):
-        found = mamba2.upstream_generate(ours, float32_state)(prompt, 24)
+    for kept in ("model", "float32"):
+        _, ours = models("bfloat16", 128, kept, decode_path="upstream_graph")
+        expected = greedy(ours, prompt, 16)
+        found = mamba2.upstream_generate(ours)(prompt, 24)
         assert found.shape == expected.shape
         assert torch.equal(found[:, :8], prompt)
         assert (found[:, 8] == expected[:, 8]).float().mean() >= 0.5  # ties of bfloat16 logits
