@@ -501,7 +501,7 @@ def test_flops_per_token() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """cat_spec.md 5, decode step at batch 512: 0.42 GB of weights, 13.3 of state, 26.2 in float32."""
+    """cat_spec.md 5, decode step at batch 512: weights 0.42 GB, state 13.3, or 26.2 in float32."""
     weights, state = planned("mamba2").step_costs(512, 1024)
     assert round(state.num_bytes / 1e9, 1) == 13.3
     weights, state = planned("mamba2:state_dtype=float32").step_costs(512, 1024)
