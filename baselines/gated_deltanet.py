@@ -620,17 +620,13 @@ def _renamed(name: str, parts: Mapping[str, str]) -> str:
     return name
 
 
-def upstream_generate(model: Model) -> Callable[[Tensor, int], Tensor]:
-    """fla's own model with the weights of `model`, and its Hugging Face `generate`, greedy.
-
-    Returns run(prompt (b, p), seq_len) -> tokens (b, seq_len), prompt included. No token ends the
-    text early and no scores are kept. Raises UserError for gdn-h1.
-    """
+def upstream_model(model: Model) -> nn.Module:
+    """fla's own GatedDeltaNetForCausalLM with the weights of `model`. UserError for gdn-h1."""
     c, like = model.config, model.head.weight
     if c.hybrid:
         raise UserError(
-            f"fla's own generate cannot run {c.label}: its attention layer needs flash-attn.",
-            "Compare gdn instead.",
+            f"fla's own model cannot be {c.label}: its attention layer needs flash-attn.",
+            "Take gdn instead.",
         )
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
@@ -645,10 +641,19 @@ def upstream_generate(model: Model) -> Callable[[Tensor, int], Tensor]:
         norm_eps=c.norm_eps,
         vocab_size=c.vocab_size,
         bos_token_id=None,
-        eos_token_id=None,  # so that no token ends the text
+        eos_token_id=None,  # so that no token ends a text
     )
     upstream = GatedDeltaNetForCausalLM(config).to(like.device, like.dtype).eval()
     upstream.load_state_dict(to_upstream(model.state_dict()))
+    return upstream
+
+
+def upstream_generate(model: Model) -> Callable[[Tensor, int], Tensor]:
+    """Hugging Face `generate` of fla's own model with the weights of `model`, greedy, with a cache.
+
+    Returns run(prompt (b, p), seq_len) -> tokens (b, seq_len), prompt included; no scores are kept.
+    """
+    upstream = upstream_model(model)
 
     def run(prompt: Tensor, seq_len: int) -> Tensor:
         num_new = seq_len - prompt.shape[1]
