@@ -48,7 +48,7 @@ from cat_bench.blocks import (
     swiglu_width,
 )
 from cat_bench.errors import UserError
-from cat_bench.graph import CapturedStep, block_step, finish_block, normed_linear
+from cat_bench.graph import CapturedStep, block_step, finish_block, rms_norm
 from cat_bench.language_model import LanguageModel
 from cat_bench.window import (
     check_ring,
@@ -237,7 +237,7 @@ class Model(LanguageModel):
                     x = delta_block_step(block, x, Memory(*next(memories)), rule)
                 else:
                     x = block_step(block, x, *next(rings), rows, rope)
-            return normed_linear(x, self.norm, self.head.weight)
+            return self.head(rms_norm(x, self.norm))
 
         if self.decode_path != "upstream":
             return CapturedStep(run, batch_size, device, end=max_len if c.hybrid else None)
@@ -509,7 +509,7 @@ def delta_block_step(block: DeltaBlock, x: Tensor, memory: Memory, rule: Rule) -
     weight = packed([getattr(mixer, f"{name}_proj").weight for name in names])
     n, values, heads = c.conv_channels, c.num_heads * c.value_width, c.num_heads
     sizes = [n, values, heads, heads, len(weight) - n - values - 2 * heads]
-    new, gate, a, b, _ = normed_linear(x, block.attn_norm, weight).split(sizes, dim=-1)
+    new, gate, a, b, _ = F.linear(rms_norm(x, block.attn_norm), weight).split(sizes, dim=-1)
     qkv = kernels.conv_step(new, memory.inputs, packed(mixer.kernels())[:n, 0], silu=True)
     return finish_block(block, x, rule(mixer, qkv, gate, a, b, memory.matrix))
 

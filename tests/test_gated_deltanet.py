@@ -350,15 +350,12 @@ class Uncaptured:
         return self.run(token, torch.full_like(token, row))
 
 
-@pytest.fixture(params=[0, 32])
-def reference_kernels(request, monkeypatch) -> None:
-    """Both branches of graph.finish_block, by the number of rows."""
+@pytest.fixture
+def reference_kernels(monkeypatch) -> None:
     kernels = SimpleNamespace(
-        FEW_ROWS=request.param,
         conv_step=graph.conv_step_reference,
         decode_attention=decode_attention,
         delta_step=graph.delta_step_reference,
-        few_rows_linear=graph.few_rows_linear_reference,
         gated_rms_norm=graph.gated_rms_norm_reference,
         rms_norm=lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
         swiglu=swiglu,

@@ -108,7 +108,7 @@ def test_gradient_of_every_parameter(config: gdn.Config, autocast: bool) -> None
 def test_cached_steps(
     config: gdn.Config, path: str, dtype: str, batch_size: int, prompt_len: int
 ) -> None:
-    """Prompts on both sides of one chunk, batches on both sides of kernels.FEW_ROWS."""
+    """Prompts on both sides of one chunk."""
     eager, fast = made(config, dtype), made(config, dtype, decode_path=path)
     tokens = tokens_of(config, batch_size, prompt_len + 64)
     expected, _ = contract.decode(eager, tokens, [prompt_len])
