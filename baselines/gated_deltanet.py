@@ -12,6 +12,12 @@ x / sqrt(sum x^2 + 1e-6), q then times 1 / sqrt(128). Output: o_proj(RMSNorm(o) 
 State: S, and the last 4 inputs of the convolutions, so it does not grow; a sliding layer adds a
 ring of `window` rows. S and its sums are float32 at least, so 4 bytes per element in bfloat16.
 
+Paths. Decoding: `cuda_graph` is our own kernels, S changed in place; `upstream` takes the kernels
+of flash-linear-attention (fla 0.6), which return S as a new tensor: copying it back doubles the
+bytes of a step. `upstream_graph` is the same, captured. Forward: `upstream` is what fla's own layer
+trains with; it multiplies float32 in TF32, and its backward raises on Hopper GPUs with Triton 3.4.0
+to 3.7.0, which compile it wrongly (fla issue 640).
+
 Names in flash-linear-attention's GatedDeltaNet: `blocks.i.mixer.X` is its `model.layers.i.attn.X`,
 one to one, shapes too: {q,k,v,a,b,g,o}_proj, {q,k,v}_conv1d (.weight), o_norm.weight, A_log,
 dt_bias. Around them: embed = model.embeddings, norm = model.norm, head = lm_head, attn_norm and
@@ -23,27 +29,38 @@ the convolutions, c chunk, s ring slots, l layers of one kind, v words.
 Try it: cat-bench run efficiency -a gdn-h1 --quick
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
+from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import (
     HEAD_WIDTH,
+    Attend,
     Block,
-    attention,
     check_width,
     linear_params,
     rope_table,
     swiglu_width,
 )
+from cat_bench.errors import UserError
+from cat_bench.graph import CapturedStep, block_step, finish_block, rms_norm
+from cat_bench.language_model import LanguageModel
+from cat_bench.window import (
+    check_ring,
+    flex_window_attention,
+    ring_attention,
+    ring_rows,
+    window_attention,
+)
 
 PRESETS = {"gdn": {}, "gdn-h1": {"hybrid": True, "window": 512}}
-TINY = {"num_heads": 2, "key_width": 8, "value_width": 16}
+REQUIRES = {"cuda_graph": "triton", "upstream": "fla", "upstream_graph": "fla"}
+TINY = {"num_heads": 2, "key_width": 16, "value_width": 32}
 CHUNK = 64  # tokens that forward and prefill read at once: speed only, the results are the same
 
 
@@ -94,64 +111,75 @@ class Memory(NamedTuple):
     """What one GDN layer remembers."""
 
     matrix: Tensor  # (b, h, p, e), float32 at least: S
-    inputs: Tensor  # (b, n, conv_width): the last projections (q, k, v), newest last
+    inputs: Tensor  # (b, conv_width, n): the last projections (q, k, v), newest last
 
 
 class State(NamedTuple):
     matrices: Tensor  # (l, b, h, p, e), float32 at least
-    inputs: Tensor  # (l, b, n, conv_width)
+    inputs: Tensor  # (l, b, conv_width, n)
     keys: Tensor  # (l, b, h, s, 64), rotated; token i in slot i mod s; no layers without hybrid
     values: Tensor  # (l, b, h, s, 64)
     num_tokens: int  # read so far
+    fast_step: Callable[[Tensor, int], Tensor] | None  # (token, num_tokens), on these buffers
 
 
-class Model(nn.Module):
-    decode_paths = ("eager",)
-    max_len = None  # the state does not grow, and RoPE knows no limit
+class Model(LanguageModel):
+    decode_paths = ("eager", "cuda_graph", "upstream", "upstream_graph")
+    forward_paths = ("eager", "upstream")
 
-    def __init__(self, config: Config, decode_path: str = "eager"):
-        super().__init__()
-        self.config, self.decode_path = config, decode_path
+    def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
         c = config
-        self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(
+        blocks = (
             Block(c.width, eps=c.norm_eps) if c.hybrid and layer % 2 else DeltaBlock(c)
             for layer in range(c.num_layers)
         )
-        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding
-        self.init_weights()
+        super().__init__(config, blocks, decode_path, forward_path)
 
-    def init_weights(self) -> None:
-        for table in (self.embed, self.head):
-            nn.init.normal_(table.weight, std=(2 / (5 * self.config.width)) ** 0.5)
-        for block in self.blocks:
-            block.init_weights(self.config.num_layers)
-
-    def forward(self, tokens: Tokens) -> Logits:
-        c = self.config
-        rope = rope_table(torch.arange(tokens.shape[1], device=tokens.device), c.rope_base)
+    def hidden(self, tokens: Tokens) -> Tensor:
+        rope = rope_table(
+            torch.arange(tokens.shape[1], device=tokens.device), self.config.rope_base
+        )
+        attend = self._attend_all(tokens.shape[1], tokens.device)
         x = self.embed(tokens)  # (b, t, d)
         for block in self.blocks:
             if isinstance(block, DeltaBlock):
-                x, _ = block(x, block.mixer.empty(len(tokens)))
+                h = block.attn_norm(x)
+                if self.forward_path == "upstream":
+                    o, _ = block.mixer.upstream(h)
+                else:
+                    o, _ = block.mixer(h, block.mixer.empty(len(tokens)))
+                x = self.on_forward_path(block.feed_forward)(x, o)
             else:
-                x = block(x, rope, lambda q, k, v: window_attention(q, k, v, c.window))
-        return self.head(self.norm(x))  # (b, t, v)
+                x = self.on_forward_path(block)(x, rope, attend)
+        return self.norm(x)
+
+    def _attend_all(self, num_tokens: int, device: torch.device) -> Attend | None:
+        """The attention of the sliding layers in `hidden`; None: there are none."""
+        c = self.config
+        if not c.hybrid:
+            return None
+        if self.forward_path == "upstream":
+            return flex_window_attention(num_tokens, c.window, device)
+        return lambda q, k, v: window_attention(q, k, v, c.window)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         c, like = self.config, self.head.weight
         matrix = (c.num_delta_layers, batch_size, c.num_heads, c.key_width, c.value_width)
-        inputs = (c.num_delta_layers, batch_size, c.conv_channels, c.conv_width)
+        inputs = (c.num_delta_layers, batch_size, c.conv_width, c.conv_channels)
         slots = min(c.window, max_len)
         ring = (c.num_sliding_layers, batch_size, c.width // HEAD_WIDTH, slots, HEAD_WIDTH)
-        return State(
+        buffers = State(
             matrices=like.new_zeros(matrix, dtype=at_least_float32(like.dtype)),
             inputs=like.new_zeros(inputs),
             keys=like.new_zeros(ring),
             values=like.new_zeros(ring),
             num_tokens=0,
+            fast_step=None,
         )
+        if self.decode_path == "eager":
+            return buffers
+        fast_step = self._fast_step(buffers, batch_size, max_len)
+        return self.reset(buffers._replace(fast_step=fast_step))  # capturing ran the step
 
     def reset(self, state: State) -> State:
         state.matrices.zero_()
@@ -169,7 +197,10 @@ class Model(nn.Module):
         for block in self.blocks:
             if isinstance(block, DeltaBlock):
                 memory = Memory(*next(memories))
-                x, new = block(x, memory)
+                upstream = self.decode_path.startswith("upstream")
+                mixer = block.mixer.upstream if upstream else block.mixer
+                o, new = mixer(block.attn_norm(x), memory)
+                x = block.feed_forward(x, o)
                 memory.matrix.copy_(new.matrix)
                 memory.inputs.copy_(new.inputs)
             else:
@@ -182,24 +213,44 @@ class Model(nn.Module):
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        return self.prefill(token[:, None], state)  # of one token: the recurrence itself
+        if state.fast_step is None:
+            return self.prefill(token[:, None], state)  # of one token: the recurrence itself
+        self._check_room(state.num_tokens + 1, state)
+        logits = state.fast_step(token, state.num_tokens)
+        return logits, state._replace(num_tokens=state.num_tokens + 1)
+
+    def _fast_step(
+        self, buffers: State, batch_size: int, max_len: int
+    ) -> Callable[[Tensor, int], Tensor]:
+        """The step on kernels, (token (b,), tokens read so far) -> logits (b, v)."""
+        c, device = self.config, self.head.weight.device
+        rope = rope_table(torch.arange(max_len if c.hybrid else 0, device=device), c.rope_base)
+        rule = upstream_rule if self.decode_path.startswith("upstream") else in_place_rule
+
+        def run(token: Tensor, position: Tensor) -> Tensor:
+            rows = ring_rows(position, buffers.keys.shape[3]) if c.hybrid else None
+            memories = zip(buffers.matrices, buffers.inputs, strict=True)
+            rings = zip(buffers.keys, buffers.values, strict=True)
+            x = self.embed(token)  # (b, d)
+            for block in self.blocks:
+                if isinstance(block, DeltaBlock):
+                    x = delta_block_step(block, x, Memory(*next(memories)), rule)
+                else:
+                    x = block_step(block, x, *next(rings), rows, rope)
+            return self.head(rms_norm(x, self.norm))
+
+        if self.decode_path != "upstream":
+            return CapturedStep(run, batch_size, device, end=max_len if c.hybrid else None)
+
+        @torch.no_grad()
+        def launch_by_launch(token: Tensor, position: int) -> Tensor:
+            return run(token, torch.full_like(token, position))
+
+        return launch_by_launch
 
     def _check_room(self, end: int, state: State) -> None:
-        """A ring shorter than the window (max_len < window) must not wrap."""
-        slots = state.keys.shape[3]
-        if self.config.hybrid and slots < self.config.window and end > slots:
-            raise ValueError(f"the state holds {slots} tokens; token {end} was given.")
-
-    def step_kind(self, num_tokens: int) -> str:
-        return "step"
-
-    @property
-    def num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    @property
-    def num_params_non_embedding(self) -> int:
-        return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
+        if self.config.hybrid:
+            check_ring(end, state.keys.shape[3], self.config.window)
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
         """Memories, which do not depend on the length, and min(window, length) rows per ring."""
@@ -243,7 +294,9 @@ class Model(nn.Module):
 
 
 class DeltaBlock(nn.Module):
-    """cat_bench.blocks.Block with the gated delta rule in place of attention."""
+    """cat_bench.blocks.Block with the gated delta rule in place of attention, in two halves:
+    `mixer(attn_norm(x), memory)`, then `feed_forward`.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -255,11 +308,16 @@ class DeltaBlock(nn.Module):
         self.w3 = nn.Linear(width, hidden, bias=False)  # up
         self.w2 = nn.Linear(hidden, width, bias=False)  # down
 
-    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        o, memory = self.mixer(self.attn_norm(x), memory)
+    @property
+    def attn_out(self) -> nn.Linear:
+        """Under the name that it has in Block, for graph.finish_block."""
+        return self.mixer.o_proj
+
+    def feed_forward(self, x: Tensor, o: Tensor) -> Tensor:
+        """x, o (b, t, d): residual, norm, SwiGLU, residual."""
         x = x + o
         h = self.mlp_norm(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h)), memory
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
     def init_weights(self, num_layers: int) -> None:
         """Matrices as in Block; the mixer's convolutions and vectors as it makes them."""
@@ -307,7 +365,7 @@ class GatedDeltaNet(nn.Module):
         matrix = (batch_size, c.num_heads, c.key_width, c.value_width)
         return Memory(
             like.new_zeros(matrix, dtype=at_least_float32(like.dtype)),
-            like.new_zeros(batch_size, c.conv_channels, c.conv_width),
+            like.new_zeros(batch_size, c.conv_width, c.conv_channels),
         )
 
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -331,17 +389,57 @@ class GatedDeltaNet(nn.Module):
         the last inputs of the convolutions.
         """
         c = self.config
-        new = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1).transpose(1, 2)
-        seen = torch.cat([inputs, new], dim=-1)  # (b, n, conv_width + t)
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        kernel = torch.cat([conv.weight for conv in convs])  # (n, 1, conv_width), newest last
-        out = F.silu(F.conv1d(seen[..., 1:], kernel, groups=len(kernel)))  # (b, n, t)
+        new = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)  # (b, t, n)
+        seen = torch.cat([inputs, new], dim=1)  # (b, conv_width + t, n)
+        kernel = torch.cat(self.kernels())  # (n, 1, conv_width), newest last
+        out = F.silu(F.conv1d(seen[:, 1:].transpose(1, 2), kernel, groups=len(kernel)))  # (b, n, t)
         keys = c.num_heads * c.key_width
         parts = out.to(at_least_float32(x.dtype)).split(
             [keys, keys, c.num_heads * c.value_width], 1
         )
         q, k, v = (part.unflatten(1, (c.num_heads, -1)).transpose(2, 3) for part in parts)
-        return q, k, v, seen[..., -c.conv_width :]
+        return q, k, v, seen[:, -c.conv_width :]
+
+    def kernels(self) -> list[nn.Parameter]:
+        """Of the convolutions of q, k and v: (h p, 1, conv_width) twice, (h e, 1, conv_width)."""
+        return [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+
+    def upstream(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory | None]:
+        """`forward` on fla's kernels, those that its own layer trains with, gates inside them.
+
+        Without a memory: from the empty one, and none is returned. On top of a memory, fewer than
+        CHUNK tokens go through the recurrence, which multiplies in float32 and has no backward.
+        """
+        from fla.modules.convolution import causal_conv1d
+        from fla.modules.fused_norm_gate import rms_norm_gated
+        from fla.ops.gated_delta_rule import (
+            chunk_gated_delta_rule,
+            fused_recurrent_gated_delta_rule,
+        )
+
+        c = self.config
+        new = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)  # (b, t, n)
+        past = None if memory is None else memory.inputs.mT.contiguous()  # (b, n, conv_width)
+        kernel = torch.cat(self.kernels())[:, 0]
+        qkv, _ = causal_conv1d(new, kernel, initial_state=past, activation="silu")
+        keys = c.num_heads * c.key_width
+        parts = qkv.split([keys, keys, c.num_heads * c.value_width], dim=-1)
+        q, k, v = (part.unflatten(-1, (c.num_heads, -1)) for part in parts)  # (b, t, h, p or e)
+        short = memory is not None and x.shape[1] < CHUNK
+        rule = fused_recurrent_gated_delta_rule if short else chunk_gated_delta_rule
+        o, matrix = rule(
+            q, k, v, g=self.a_proj(x), beta=self.b_proj(x), A_log=self.A_log, dt_bias=self.dt_bias,
+            initial_state=None if memory is None else memory.matrix,
+            output_final_state=memory is not None,
+            use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+        gate = self.g_proj(x).unflatten(-1, (c.num_heads, -1))
+        o = rms_norm_gated(o, gate, self.o_norm.weight, None, eps=self.o_norm.eps)
+        o = self.o_proj(o.flatten(2))
+        if memory is None:
+            return o, None
+        inputs = torch.cat([memory.inputs, new[:, -c.conv_width :]], dim=1)[:, -c.conv_width :]
+        return o, Memory(matrix, inputs)
 
 
 def recurrent_delta_rule(
@@ -387,42 +485,6 @@ def chunked_delta_rule(
     return torch.cat(outputs, dim=2), matrix
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The queries are the last rows of the keys; each sees itself and window - 1 rows before."""
-    return attention(q, k, v, mask=window_mask(q.shape[2], k.shape[2], window, q.device))
-
-
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)  # a mask made while scoring must also serve training
-def window_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
-    """(t, s) booleans: 0 <= query - key < window."""
-    keys = torch.arange(num_keys, device=device)
-    distance = keys[num_keys - num_queries :, None] - keys
-    return (distance >= 0) & (distance < window)
-
-
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, window: int
-) -> Tensor:
-    """Attend from tokens start, start + 1, ... and put their rows into the ring, in place.
-
-    One token overwrites the row that it no longer sees; then all rows are visible, in any order.
-    Several still need rows that they overwrite: those are read first.
-    """
-    slots, end = keys.shape[2], start + q.shape[2]
-    stored = torch.arange(max(0, start - slots), start, device=q.device) % slots
-    kept = torch.arange(max(start, end - slots), end, device=q.device)
-    if q.shape[2] > 1:
-        k_seen = torch.cat([keys[:, :, stored], k], dim=2)
-        v_seen = torch.cat([values[:, :, stored], v], dim=2)
-    keys[:, :, kept % slots] = k[:, :, kept - start]
-    values[:, :, kept % slots] = v[:, :, kept - start]
-    if q.shape[2] > 1:
-        return window_attention(q, k_seen, v_seen, window)
-    filled = min(end, slots)
-    return attention(q, keys[:, :, :filled], values[:, :, :filled])
-
-
 def unit(x: Tensor) -> Tensor:
     """x with L2 norm 1 along its last dimension."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
@@ -431,3 +493,176 @@ def unit(x: Tensor) -> Tensor:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype of recurrent sums: bfloat16 -> float32, float64 stays."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# --- one cached step on kernels ------------------------------------------------------------------
+
+Rule = Callable[["GatedDeltaNet", Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def delta_block_step(block: DeltaBlock, x: Tensor, memory: Memory, rule: Rule) -> Tensor:
+    """A DeltaBlock for one token per sequence: x (b, d) and `memory` are changed in place."""
+    from cat_bench import kernels
+
+    mixer, c = block.mixer, block.mixer.config
+    names = "qkvgab"  # a and b last, for the alignment of the others
+    weight = packed([getattr(mixer, f"{name}_proj").weight for name in names])
+    n, values, heads = c.conv_channels, c.num_heads * c.value_width, c.num_heads
+    sizes = [n, values, heads, heads, len(weight) - n - values - 2 * heads]
+    new, gate, a, b, _ = F.linear(rms_norm(x, block.attn_norm), weight).split(sizes, dim=-1)
+    qkv = kernels.conv_step(new, memory.inputs, packed(mixer.kernels())[:n, 0], silu=True)
+    return finish_block(block, x, rule(mixer, qkv, gate, a, b, memory.matrix))
+
+
+def in_place_rule(
+    mixer: GatedDeltaNet, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, matrix: Tensor
+) -> Tensor:
+    """qkv (b, n), gate (b, h e), a b (b, h), not yet gates -> (b, h e); `matrix` moves on."""
+    from cat_bench import kernels
+
+    o = kernels.delta_step(qkv, a, b, mixer.A_log, mixer.dt_bias, matrix)
+    return kernels.gated_rms_norm(o, gate, mixer.o_norm.weight, mixer.o_norm.eps)
+
+
+def upstream_rule(
+    mixer: GatedDeltaNet, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, matrix: Tensor
+) -> Tensor:
+    """The same on fla's kernels, which have no way to write the memory where it was read."""
+    from fla.modules.fused_norm_gate import rms_norm_gated
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    heads, keys = mixer.config.num_heads, mixer.config.num_heads * mixer.config.key_width
+    parts = qkv[:, None].split([keys, keys, qkv.shape[1] - 2 * keys], dim=-1)
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in parts)  # (b, 1, h, p or e)
+    o, new = fused_recurrent_gated_delta_rule(
+        q, k, v, g=a[:, None], beta=b[:, None], A_log=mixer.A_log, dt_bias=mixer.dt_bias,
+        initial_state=matrix, output_final_state=True,
+        use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+    matrix.copy_(new)
+    gate = gate.unflatten(-1, (heads, -1))[:, None]
+    return rms_norm_gated(o, gate, mixer.o_norm.weight, None, eps=mixer.o_norm.eps).flatten(1)
+
+
+def packed(weights: Sequence[nn.Parameter]) -> Tensor:
+    """The weights under each other in one tensor, then zero rows up to a multiple of 16.
+
+    On first use they become views of one buffer; their values, names and shapes stay. The zeros
+    keep every row of the product aligned to 16 bytes, which the fast matmuls ask for.
+    """
+    first, at, in_place = weights[0], weights[0].data_ptr(), True
+    for weight in weights:
+        same_buffer = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        in_place = in_place and same_buffer and weight.data_ptr() == at
+        at += weight.nbytes
+    num_rows = sum(len(weight) for weight in weights)
+    num_zeros = -num_rows % 16
+    if not in_place:
+        with torch.inference_mode(False):  # the weights stay ordinary tensors, fit for training
+            zeros = first.detach().new_zeros(num_zeros, *first.shape[1:])
+            buffer = torch.cat([*(weight.detach() for weight in weights), zeros])
+            parts = buffer.split([*(len(weight) for weight in weights), num_zeros])
+            for weight, part in zip(weights, parts, strict=False):  # the last part is the zeros
+                weight.data = part
+    return first.detach().as_strided((num_rows + num_zeros, *first.shape[1:]), first.stride())
+
+
+# --- flash-linear-attention's own model ----------------------------------------------------------
+
+TOP = {"embed": "model.embeddings", "norm": "model.norm", "head": "lm_head"}
+INSIDE = {  # a layer; ours: fla's
+    "blocks.": "model.layers.",
+    ".mixer.": ".attn.",
+    ".w1.": ".mlp.gate_proj.",
+    ".w3.": ".mlp.up_proj.",
+    ".w2.": ".mlp.down_proj.",
+}
+
+
+def to_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of Model under the names of fla's GatedDeltaNetForCausalLM; the same memory."""
+    theirs = {}
+    for name, weight in state_dict.items():
+        top, kind = name.removesuffix(".weight"), name.split(".", 2)[-1]
+        if top in TOP:
+            theirs[f"{TOP[top]}.weight"] = weight
+        elif kind == "qkv.weight":
+            layer = _renamed(name.removesuffix(kind), INSIDE)
+            for part, rows in zip("qkv", weight.chunk(3), strict=True):
+                theirs[f"{layer}attn.{part}_proj.weight"] = rows
+        else:
+            name = name.replace(".attn_out.", ".attn.o_proj.")
+            theirs[_renamed(name, INSIDE)] = weight
+    return theirs
+
+
+def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of fla's GatedDeltaNetForCausalLM under the names of Model, for load_state_dict."""
+    ours, back = {}, {new: old for old, new in INSIDE.items()}
+    top = {f"{new}.weight": f"{old}.weight" for old, new in TOP.items()}
+    for name, weight in state_dict.items():
+        layer, _, part = name.partition(".attn.")
+        if name in top:
+            ours[top[name]] = weight
+        elif not part or f"{layer}.attn.A_log" in state_dict:
+            ours[_renamed(name, back)] = weight
+        elif part == "o_proj.weight":
+            ours[_renamed(f"{layer}.attn_out.weight", back)] = weight
+        elif part == "q_proj.weight":
+            rows = [state_dict[f"{layer}.attn.{x}_proj.weight"] for x in "qkv"]
+            ours[_renamed(f"{layer}.qkv.weight", back)] = torch.cat(rows)
+    return ours
+
+
+def _renamed(name: str, parts: Mapping[str, str]) -> str:
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name
+
+
+def upstream_model(model: Model) -> nn.Module:
+    """fla's own GatedDeltaNetForCausalLM with the weights of `model`. UserError for gdn-h1."""
+    c, like = model.config, model.head.weight
+    if c.hybrid:
+        raise UserError(
+            f"fla's own model cannot be {c.label}: its attention layer needs flash-attn.",
+            "Take gdn instead.",
+        )
+    from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
+    config = GatedDeltaNetConfig(
+        hidden_size=c.width,
+        num_hidden_layers=c.num_layers,
+        num_heads=c.num_heads,
+        head_dim=c.key_width,
+        expand_v=c.value_width / c.key_width,
+        conv_size=c.conv_width,
+        intermediate_size=swiglu_width(c.width),
+        norm_eps=c.norm_eps,
+        vocab_size=c.vocab_size,
+        bos_token_id=None,
+        eos_token_id=None,  # so that no token ends a text
+    )
+    upstream = GatedDeltaNetForCausalLM(config).to(like.device, like.dtype).eval()
+    upstream.load_state_dict(to_upstream(model.state_dict()))
+    return upstream
+
+
+def upstream_generate(model: Model) -> Callable[[Tensor, int], Tensor]:
+    """Hugging Face `generate` of fla's own model with the weights of `model`, greedy, with a cache.
+
+    Returns run(prompt (b, p), seq_len) -> tokens (b, seq_len), prompt included; no scores are kept.
+    """
+    upstream = upstream_model(model)
+
+    def run(prompt: Tensor, seq_len: int) -> Tensor:
+        num_new = seq_len - prompt.shape[1]
+        return upstream.generate(
+            prompt,
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            do_sample=False,
+            use_cache=True,
+        )
+
+    return run

@@ -219,3 +219,32 @@ def taylor_features(x: Tensor) -> Tensor:
     x = x * x.shape[-1] ** -0.25
     squares = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
     return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)
+
+
+# --- gated delta rule (baselines/gated_deltanet.py) ----------------------------------------------
+
+
+def delta_step_reference(
+    qkv: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, matrix: Tensor
+) -> Tensor:
+    """One token of the gated delta rule, gates and norms included, in the dtype of `matrix`.
+
+    qkv (b, h (2p + e)), after convolution and SiLU; a, b (b, h): what the gates are made of; A_log,
+    dt_bias (h,); matrix (b, h, p, e), changed in place. Returns (b, h, e).
+    """
+    _, num_heads, key_width, value_width = matrix.shape
+    qkv, a, b, A_log, dt_bias = (x.to(matrix.dtype) for x in (qkv, a, b, A_log, dt_bias))
+    keys = num_heads * key_width
+    parts = qkv.split([keys, keys, num_heads * value_width], dim=-1)
+    q, k, v = (part.unflatten(-1, (num_heads, -1)) for part in parts)  # (b, h, p or e)
+    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    matrix *= (-A_log.exp() * F.softplus(a + dt_bias)).exp()[..., None, None]
+    recalled = torch.einsum("bhpe,bhp->bhe", matrix, k)
+    matrix += k[..., None] * (b.sigmoid()[..., None] * (v - recalled))[..., None, :]
+    return torch.einsum("bhpe,bhp->bhe", matrix, q) / key_width**0.5
+
+
+def gated_rms_norm_reference(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x) silu(gate), head by head. x (b, h, e), gate (b, h e), weight (e,) -> as gate."""
+    o = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).flatten(1)
+    return (o * F.silu(gate.to(x.dtype))).to(gate.dtype)

@@ -460,3 +460,102 @@ def _taylor_step_kernel(
     bottom += tl.sum(q * read_norm)
     out = (top / bottom).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + program * E + e, out, mask=in_e)
+
+
+# --- gated delta rule (baselines/gated_deltanet.py) ----------------------------------------------
+
+DELTA_COLUMNS = 32  # value columns of the memory a program holds: rows of 128 bytes in float32
+DELTA_WARPS = 4
+
+
+def delta_step(
+    qkv: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, matrix: Tensor
+) -> Tensor:
+    """One token of the gated delta rule: the memory is read once and written once, in place.
+
+    Reference: graph.delta_step_reference. qkv (b, h (2p + e)) and a, b (b, h), last dimension
+    contiguous; matrix (b, h, p, e) float32, contiguous. Returns (b, h, e) float32.
+    """
+    batch_size, num_heads, key_width, value_width = matrix.shape
+    block = min(DELTA_COLUMNS, triton.next_power_of_2(value_width))
+    blocks = triton.cdiv(value_width, block)
+    out = torch.empty(batch_size, num_heads, value_width, dtype=matrix.dtype, device=matrix.device)
+    _delta_step_kernel[(batch_size * num_heads * blocks,)](
+        qkv, a, b, A_log, dt_bias, matrix, out, qkv.stride(0), a.stride(0), b.stride(0),
+        HEADS=num_heads, P=key_width, E=value_width, KEYS=triton.next_power_of_2(key_width),
+        BLOCK=block, BLOCKS=blocks, num_warps=DELTA_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _delta_step_kernel(
+    qkv_ptr, a_ptr, b_ptr, rate_ptr, bias_ptr, matrix_ptr, out_ptr, qkv_stride, a_stride, b_stride,
+    HEADS: tl.constexpr, P: tl.constexpr, E: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence, BLOCK columns of its memory, which lie in registers."""
+    memory = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    row, head = memory // HEADS, memory % HEADS
+    p = tl.arange(0, KEYS)
+    e = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = (p < P)[:, None] & (e < E)[None, :]
+    matrix_ptr += memory * (P * E) + p[:, None] * E + e[None, :]
+    matrix = tl.load(matrix_ptr, mask=inside, other=0.0)
+    qkv_ptr += row * qkv_stride
+    q = _unit_vector(qkv_ptr + head * P + p, p < P) / tl.sqrt(P * 1.0)
+    k = _unit_vector(qkv_ptr + (HEADS + head) * P + p, p < P)
+    v = tl.load(qkv_ptr + 2 * HEADS * P + head * E + e, mask=e < E, other=0.0).to(tl.float32)
+    rate = tl.exp(tl.load(rate_ptr + head).to(tl.float32))
+    a = tl.load(a_ptr + row * a_stride + head) + tl.load(bias_ptr + head).to(tl.float32)
+    beta = tl.sigmoid(tl.load(b_ptr + row * b_stride + head).to(tl.float32))
+    # softplus(a) = max(a, 0) + log(1 + y); where y is small, 1 + y has lost digits of y, and
+    # y / (1 + y - 1) puts back what the logarithm lost with them
+    y = tl.exp(-tl.abs(a))
+    one_more = 1.0 + y
+    lost = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
+    log = tl.where(one_more == 1.0, y, tl.log(one_more) * (y / lost))
+    matrix *= tl.exp(-rate * (tl.maximum(a, 0.0) + log))
+    u = beta * (v - tl.sum(matrix * k[:, None], axis=0))
+    matrix += k[:, None] * u[None, :]
+    tl.store(matrix_ptr, matrix, mask=inside)
+    out = tl.sum(matrix * q[:, None], axis=0)
+    tl.store(out_ptr + memory * E + e, out, mask=e < E)
+
+
+@triton.jit
+def _unit_vector(x_ptr, inside):
+    x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x) + 1e-6)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x) silu(gate), head by head, in float32.
+
+    Reference: graph.gated_rms_norm_reference. x (b, h, e) contiguous, gate (b, h e), last dimension
+    contiguous, weight (e,). Returns (b, h e) in gate's dtype.
+    """
+    batch_size, num_heads, width = x.shape
+    out = torch.empty(batch_size, num_heads * width, dtype=gate.dtype, device=gate.device)
+    _gated_rms_norm_kernel[(batch_size * num_heads,)](
+        x, gate, weight, out, gate.stride(0), eps,
+        HEADS=num_heads, E=width, BLOCK=triton.next_power_of_2(width), num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gated_rms_norm_kernel(
+    x_ptr, gate_ptr, weight_ptr, out_ptr, gate_stride, eps,
+    HEADS: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    here = tl.program_id(0).to(tl.int64)
+    row, head = here // HEADS, here % HEADS
+    e = tl.arange(0, BLOCK)
+    inside = e < E
+    x = tl.load(x_ptr + here * E + e, mask=inside, other=0.0)
+    gate = tl.load(gate_ptr + row * gate_stride + head * E + e, mask=inside, other=0.0)
+    gate = gate.to(tl.float32)
+    weight = tl.load(weight_ptr + e, mask=inside, other=0.0).to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x) / E + eps) * weight * gate * tl.sigmoid(gate)
+    tl.store(out_ptr + here * E + e, out.to(out_ptr.dtype.element_ty), mask=inside)

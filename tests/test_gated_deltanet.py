@@ -4,6 +4,8 @@ Sources: cat_spec.md 1.6 (parameters) and 5 (FLOPs, bytes), evaluation_spec.md 4
 """
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import contract
@@ -12,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cat_bench
 from baselines import gated_deltanet as gdn
-from cat_bench import spec
+from cat_bench import graph, spec, window
 from cat_bench.architecture import Architecture, build, generation_flops, make_config
+from cat_bench.blocks import rotate
+from cat_bench.errors import UserError
 
 SMALL = gdn.Config(width=64, num_layers=4, vocab_size=97, window=6, **gdn.TINY)
 HYBRID = dataclasses.replace(SMALL, hybrid=True)
@@ -264,40 +269,6 @@ def test_initial_gates() -> None:
 # --- the sliding layers --------------------------------------------------------------------------
 
 
-def qkv(seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seq_len)
-    return torch.randn(3, 2, 1, seq_len, 64, generator=generator, dtype=torch.float64).unbind()
-
-
-def naive_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    rows = []
-    for i in range(q.shape[2]):
-        seen = slice(max(0, i - window + 1), i + 1)
-        scores = (q[:, :, i : i + 1] @ k[:, :, seen].mT / 8).softmax(-1)
-        rows.append(scores @ v[:, :, seen])
-    return torch.cat(rows, dim=2)
-
-
-@pytest.mark.parametrize("window", [1, 2, 6, 13, 14, 40])
-def test_a_token_sees_itself_and_window_minus_one_before(window: int) -> None:
-    q, k, v = qkv(13)
-    got = gdn.window_attention(q, k, v, window)
-    torch.testing.assert_close(got, naive_window(q, k, v, window))
-
-
-@pytest.mark.parametrize("window", [1, 5, 6, 40])
-@pytest.mark.parametrize("segments", [(1,) * 20, (5, 1, 1, 13), (6, 6, 8), (7, 2, 11), (3, 17)])
-def test_ring_equals_the_window_over_all_tokens(window: int, segments: tuple[int, ...]) -> None:
-    q, k, v = qkv(20)
-    keys, values = torch.full((2, 2, 1, min(window, 20), 64), torch.nan, dtype=torch.float64)
-    outputs, start = [], 0
-    for length in segments:
-        part = (x[:, :, start : start + length] for x in (q, k, v))
-        outputs.append(gdn.ring_attention(*part, keys, values, start, window))
-        start += length
-    torch.testing.assert_close(torch.cat(outputs, dim=2), naive_window(q, k, v, window))
-
-
 def test_layers_alternate_and_begin_with_gdn() -> None:
     names = [type(block).__name__ for block in planned("gdn-h1").blocks]
     assert names == ["DeltaBlock", "Block"] * 6
@@ -312,7 +283,7 @@ def test_only_a_ring_shorter_than_the_window_is_ever_full() -> None:
     model = SUBJECT_H1.model()
     model.prefill(tokens, model.init_state(1, 6))  # as long as the window: goes round
     _, state = model.prefill(tokens[:, :5], model.init_state(1, 5))
-    with pytest.raises(ValueError, match="the state holds 5 tokens; token 6 was given"):
+    with pytest.raises(ValueError, match="made for 5 tokens, fewer than the window of 6; token 6"):
         model.step(tokens[:, 5], state)
     model = SUBJECT.model()
     model.prefill(tokens, model.init_state(1, 1))  # no ring, no limit
@@ -326,6 +297,153 @@ def test_prefill_over_chunk_edges(subject: contract.Subject, segments: tuple[int
     got, _ = contract.decode(model, tokens, segments)
     expected = contract.forward(model, tokens)[:, sum(segments) - 1 :]
     contract.assert_same(got, expected, f"segments of {segments}")
+
+
+# --- the cached step on kernels, here on what they are measured by -------------------------------
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_reference_of_the_step_equals_the_rule(heads: int) -> None:
+    c = dataclasses.replace(SMALL, num_heads=heads)
+    mixer = contract.Subject("", c, gdn.Model).model().blocks[0].mixer
+    generator = torch.Generator().manual_seed(0)
+    qkv, a, b, matrix, gate = (
+        torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        for shape in ((c.conv_channels,), (heads,), (heads,), (heads, 16, 32), (heads * 32,))
+    )
+    keys = heads * 16
+    parts = qkv.split([keys, keys, heads * 32], dim=-1)
+    q, k, v = (part.unflatten(-1, (heads, -1))[:, :, None] for part in parts)  # (b, h, 1, ...)
+    log_decay = -mixer.A_log.exp() * F.softplus(a + mixer.dt_bias)
+    expected, last = gdn.recurrent_delta_rule(
+        gdn.unit(q) / 4, gdn.unit(k), v, log_decay[..., None], b.sigmoid()[..., None], matrix
+    )
+    got = graph.delta_step_reference(qkv, a, b, mixer.A_log.detach(), mixer.dt_bias, matrix)
+    torch.testing.assert_close(got, expected[:, :, 0])
+    torch.testing.assert_close(matrix, last)
+    normed = graph.gated_rms_norm_reference(got, gate, mixer.o_norm.weight, 1e-5)
+    scale = (got.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    expected = (got * scale * mixer.o_norm.weight).flatten(1) * gate * gate.sigmoid()
+    torch.testing.assert_close(normed, expected)
+
+
+def decode_attention(q, k, v, keys, values, rows, rope) -> Tensor:
+    cos_sin = tuple(table[rows.rope_id][:, None] for table in rope)
+    q, k, v = (x.unflatten(-1, (-1, 64))[:, :, None] for x in (q, k, v))
+    q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+    return graph.decode_attention_reference(q, k, v, keys, values, rows).flatten(1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class Uncaptured:
+    """CapturedStep without a graph; it runs the step beforehand too, as capturing does."""
+
+    def __init__(self, run, batch_size: int, device: torch.device, end: int | None) -> None:
+        self.run = torch.no_grad()(run)
+        self(torch.zeros(batch_size, dtype=torch.int64), 0)
+
+    def __call__(self, token: Tensor, row: int) -> Tensor:
+        return self.run(token, torch.full_like(token, row))
+
+
+@pytest.fixture
+def reference_kernels(monkeypatch) -> None:
+    kernels = SimpleNamespace(
+        conv_step=graph.conv_step_reference,
+        decode_attention=decode_attention,
+        delta_step=graph.delta_step_reference,
+        gated_rms_norm=graph.gated_rms_norm_reference,
+        rms_norm=lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
+        swiglu=swiglu,
+    )
+    monkeypatch.setitem(sys.modules, "cat_bench.kernels", kernels)
+    monkeypatch.setattr(cat_bench, "kernels", kernels, raising=False)
+    monkeypatch.setattr(gdn, "CapturedStep", Uncaptured)
+
+
+@pytest.mark.usefixtures("reference_kernels")
+@pytest.mark.parametrize("subject", [SUBJECT, SUBJECT_H1], ids=lambda subject: subject.label)
+@pytest.mark.parametrize("segments", [(1,), (5,), (3, 8)])
+def test_graphed_step_equals_eager(subject: contract.Subject, segments: tuple[int, ...]) -> None:
+    eager, fast = subject.model(), subject.model(decode_path="cuda_graph")
+    fast.load_state_dict(eager.state_dict())  # the gates' vectors are drawn
+    tokens = subject.tokens(3)
+    expected, _ = contract.decode(eager, tokens, segments)
+    got, state = contract.decode(fast, tokens, segments)
+    contract.assert_same(got, expected, "steps")
+    got, _ = contract.decode(fast, tokens, segments, fast.reset(state))
+    contract.assert_same(got, expected, "steps after a reset")
+    contract.assert_same(*(contract.forward(model, tokens) for model in (fast, eager)), "forward")
+
+
+def test_packing_keeps_values_names_and_trainability() -> None:
+    mixer = SUBJECT.model().blocks[0].mixer
+    before = {name: weight.clone() for name, weight in mixer.state_dict().items()}
+    weights = [mixer.q_proj.weight, mixer.b_proj.weight]
+    with torch.inference_mode():  # as a captured state does it
+        both = gdn.packed(weights)
+    assert torch.equal(both, torch.cat([*weights, torch.zeros(14, 64)]))  # 32 + 2 rows
+    assert gdn.packed(weights).data_ptr() == both.data_ptr()
+    assert gdn.packed(weights[::-1]).data_ptr() != both.data_ptr()
+    assert all(torch.equal(weight, before[name]) for name, weight in mixer.state_dict().items())
+    mixer.q_proj(torch.ones(1, 64, dtype=torch.float64)).sum().backward()
+    assert mixer.q_proj.weight.grad is not None
+
+
+# --- flash-linear-attention's names --------------------------------------------------------------
+
+MLP = {"gate_proj": (256, 64), "up_proj": (256, 64), "down_proj": (64, 256)}
+FLA_DELTA = {
+    "q_proj.weight": (32, 64),
+    "k_proj.weight": (32, 64),
+    "v_proj.weight": (64, 64),
+    "a_proj.weight": (2, 64),
+    "b_proj.weight": (2, 64),
+    "g_proj.weight": (64, 64),
+    "o_proj.weight": (64, 64),
+    "q_conv1d.weight": (32, 1, 4),
+    "k_conv1d.weight": (32, 1, 4),
+    "v_conv1d.weight": (64, 1, 4),
+    "o_norm.weight": (64 // 2,),
+    "A_log": (2,),
+    "dt_bias": (2,),
+}
+
+
+def fla_shapes(config: gdn.Config) -> dict[str, tuple[int, ...]]:
+    """What GatedDeltaNetForCausalLM of fla 0.6.0 has, at the sizes of SMALL."""
+    shapes = {"model.embeddings.weight": (97, 64), "lm_head.weight": (97, 64)}
+    shapes["model.norm.weight"] = (64,)
+    for i in range(config.num_layers):
+        sliding = {f"{name}_proj.weight": (64, 64) for name in "qkvo"}
+        mixer = sliding if config.hybrid and i % 2 else FLA_DELTA
+        inside = {f"attn.{name}": shape for name, shape in mixer.items()}
+        inside |= {f"mlp.{name}.weight": shape for name, shape in MLP.items()}
+        inside |= {"attn_norm.weight": (64,), "mlp_norm.weight": (64,)}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in inside.items()}
+    return shapes
+
+
+@pytest.mark.parametrize("subject", [SUBJECT, SUBJECT_H1], ids=lambda subject: subject.label)
+def test_weights_travel_to_fla_and_back(subject: contract.Subject) -> None:
+    ours = subject.model().state_dict()
+    theirs = gdn.to_upstream(ours)
+    assert {name: tuple(x.shape) for name, x in theirs.items()} == fla_shapes(subject.config)
+    back = gdn.from_upstream(theirs)
+    assert set(back) == set(ours)
+    assert all(torch.equal(back[name], weight) for name, weight in ours.items())
+    if subject.config.hybrid:
+        k = theirs["model.layers.1.attn.k_proj.weight"]
+        assert torch.equal(k, ours["blocks.1.qkv.weight"][64:128])
+
+
+def test_fla_cannot_generate_with_sliding_layers_here() -> None:
+    with pytest.raises(UserError, match="flash-attn"):
+        gdn.upstream_generate(SUBJECT_H1.model())
 
 
 # --- planted faults ------------------------------------------------------------------------------
@@ -347,13 +465,13 @@ def mask_one_wider(num_queries: int, num_keys: int, window: int, device) -> Tens
 def late_convolution(self, x: Tensor, inputs: Tensor):
     """The newest input is not kept: the next call's convolution starts one token too early."""
     q, k, v, new = CONVOLVED(self, x, inputs)
-    return q, k, v, torch.cat([inputs[..., -1:], new[..., :-1]], dim=-1)
+    return q, k, v, torch.cat([inputs[:, -1:], new[:, :-1]], dim=1)
 
 
 CONVOLVED = gdn.GatedDeltaNet.convolved
 FAULTS = [
     (gdn, "recurrent_delta_rule", recurrence_corrected_first),
-    (gdn, "window_mask", mask_one_wider),
+    (window, "window_mask", mask_one_wider),
     (gdn.GatedDeltaNet, "convolved", late_convolution),
 ]
 
