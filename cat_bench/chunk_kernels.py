@@ -30,20 +30,19 @@ class Launch(NamedTuple):
     stages: int
 
 
-SMALL = {  # chunks of up to 64 rows
-    "forward": Launch(64, 64, 4, 3),
-    "queries": Launch(64, 64, 4, 2),
-    "summaries": Launch(64, 64, 4, 2),
-}
-LARGE = {
-    "forward": Launch(128, 64, 8, 3),
-    "queries": Launch(128, 64, 8, 2),
-    "summaries": Launch(64, 64, 4, 2),
-}
+def launch_of(kernel: str, chunk_size: int, head_width: int, float32: bool) -> Launch:
+    """Tiles of `kernel` ("forward", "queries" or "summaries") that keep to the registers.
 
-
-def launches(chunk_size: int) -> dict[str, Launch]:
-    return SMALL if chunk_size <= 64 else LARGE
+    The smallest query tile that holds a chunk: what a tile computes of its own square without need
+    grows with it, and small tiles fill the device at short lengths.
+    """
+    if float32:  # three TF32 products for one, and twice the bytes
+        block_m = next(size for size in (32, 64, 128) if chunk_size <= size)
+        block_m = 32 if kernel == "summaries" else block_m
+        return Launch(block_m, 32, warps=4 if block_m == 32 else 8, stages=1)
+    block_m = 64 if kernel == "summaries" or chunk_size <= 64 else 128
+    warps = 4 if block_m * head_width <= 64 * 64 else 8
+    return Launch(block_m, 64, warps, stages=3 if kernel == "forward" and head_width <= 64 else 2)
 
 
 def tile_rows(chunk_size: int, block_m: int) -> int:
@@ -52,49 +51,49 @@ def tile_rows(chunk_size: int, block_m: int) -> int:
 
 
 def forward(q, k, v, o, lse, chunk_size: int, offset: int) -> None:
-    """Fill o (b, h, t, e) and lse (b, h, t). Last dimensions contiguous."""
-    launch = launches(chunk_size)["forward"]
+    """Fill o (b, h, t, e) and lse (b, h, t), the latter contiguous. Last dimensions contiguous."""
     b, h, t, e = q.shape
+    launch = launch_of("forward", chunk_size, e, q.element_size() == 4)
     rows = tile_rows(chunk_size, launch.block_m)
-    tiles = triton.cdiv(t, rows)
-    _forward_kernel[(b * h, tiles)](
-        q, k, v, o, lse, t, e**-0.5,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        **_constants(q, k, chunk_size, offset, launch), ROWS=rows,
-        num_warps=launch.warps,
+    _forward_kernel[(b * h, triton.cdiv(t, rows))](
+        q, k, v, o, lse, t, e**-0.5, *_strides(q, k, v, o),
+        **_constants(q, k, chunk_size, offset, launch, rows), num_warps=launch.warps,
     )  # fmt: skip
 
 
 def backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size: int, offset: int) -> None:
-    """Fill dq, dk and dv, all (b, h, t, e): one gradient of k and v per query head."""
-    launch = launches(chunk_size)
+    """Fill delta (b, h, t), dq, dk and dv (b, h, t, e): gradients of k and v per query head."""
     b, h, t, e = q.shape
-    rows = tile_rows(chunk_size, launch["queries"].block_m)
+    launch = launch_of("queries", chunk_size, e, q.element_size() == 4)
+    rows = tile_rows(chunk_size, launch.block_m)
     tiles = triton.cdiv(t, rows)
-    strides = [x.stride(i) for x in (do, q, k, v, o, dq, dk, dv) for i in range(3)]
     _queries_kernel[(b * h, tiles)](
-        do, q, k, v, o, lse, delta, dq, dk, dv, t, e**-0.5, *strides,
-        **_constants(q, k, chunk_size, offset, launch["queries"]), ROWS=rows,
-        num_warps=launch["queries"].warps,
+        do, q, k, v, o, lse, delta, dq, dk, dv, t, e**-0.5,
+        *_strides(do, q, k, v, o, dq, dk, dv),
+        **_constants(q, k, chunk_size, offset, launch, rows), num_warps=launch.warps,
     )  # fmt: skip
     num_summaries = (tiles - 1) * (rows // chunk_size)  # those that a later tile sees
     if num_summaries == 0:
         return
-    strides = [x.stride(i) for x in (do, q, k, v, dk, dv) for i in range(3)]
-    _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch["summaries"].block_n))](
-        do, q, k, v, lse, delta, dk, dv, t, num_summaries, e**-0.5, *strides,
-        **_constants(q, k, chunk_size, offset, launch["summaries"]), ROWS=rows,
-        num_warps=launch["summaries"].warps,
+    launch = launch_of("summaries", chunk_size, e, q.element_size() == 4)
+    _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch.block_n))](
+        do, q, k, v, lse, delta, dk, dv, t, num_summaries, e**-0.5,
+        *_strides(do, q, k, v, dk, dv),
+        **_constants(q, k, chunk_size, offset, launch, rows), num_warps=launch.warps,
     )  # fmt: skip
 
 
-def _constants(q, k, chunk_size: int, offset: int, launch: Launch) -> dict:
+def _strides(*tensors) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _constants(q, k, chunk_size: int, offset: int, launch: Launch, rows: int) -> dict:
     heads = q.shape[1]
-    # float32 products in float32, not TF32, as everywhere in this project.
     return {
         "HEADS": heads, "SHARED": heads // k.shape[1], "C": chunk_size, "OFFSET": offset,
         "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "E": q.shape[3],
-        "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "STAGES": launch.stages,
+        "PRECISION": "tf32x3",  # of float32 inputs only: as exact as float32, on tensor cores
+        "STAGES": launch.stages, "ROWS": rows,
     }  # fmt: skip
 
 
