@@ -57,10 +57,9 @@ def chunk_attention(
 
     Raises ValueError where shapes, dtypes, names or the limits of "fused" do not fit.
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, chunk_size, summary, implementation)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     offset = 0 if summary == "first" else chunk_size - 1
     if implementation == "eager":
         return attention(q, k, v, mask=chunk_mask(q.shape[2], chunk_size, offset, q.device))
@@ -81,6 +80,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str, name:
         raise ValueError(
             f"q and k must agree in batch, rows (at least 1) and head width, and the heads of k "
             f"must divide those of q, got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(
+            f"q, k and v must have one dtype and device, got {q.dtype}, {k.dtype} and {v.dtype} "
+            f"on {q.device}, {k.device} and {v.device}."
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
