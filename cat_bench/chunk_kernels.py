@@ -57,8 +57,8 @@ def forward(q, k, v, o, lse, chunk_size: int, offset: int) -> None:
     launch = launch_of("forward", chunk_size, e, q.element_size() == 4)
     rows = tile_rows(chunk_size, launch.block_m)
     _forward_kernel[(b * h, triton.cdiv(t, rows))](
-        q, k, v, o, lse, t, e**-0.5, *_strides(q, k, v, o),
-        **_numbers(q, k, chunk_size, offset, launch, rows), num_warps=launch.warps,
+        q, k, v, o, lse, t, *_scalars(q, k, offset), *_strides(q, k, v, o),
+        **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -69,18 +69,18 @@ def backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size: int, offset: in
     rows = tile_rows(chunk_size, launch.block_m)
     tiles = triton.cdiv(t, rows)
     _queries_kernel[(b * h, tiles)](
-        do, q, k, v, o, lse, delta, dq, dk, dv, t, e**-0.5,
+        do, q, k, v, o, lse, delta, dq, dk, dv, t, *_scalars(q, k, offset),
         *_strides(do, q, k, v, o, dq, dk, dv),
-        **_numbers(q, k, chunk_size, offset, launch, rows), num_warps=launch.warps,
+        **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
     num_summaries = (tiles - 1) * (rows // chunk_size)  # those that a later tile sees
     if num_summaries == 0:
         return
     launch = launch_of("summaries", chunk_size, e, q.element_size() == 4)
     _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch.block_n))](
-        do, q, k, v, lse, delta, dk, dv, t, num_summaries, e**-0.5,
+        do, q, k, v, lse, delta, dk, dv, t, num_summaries, *_scalars(q, k, offset),
         *_strides(do, q, k, v, dk, dv),
-        **_numbers(q, k, chunk_size, offset, launch, rows), num_warps=launch.warps,
+        **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -88,14 +88,16 @@ def _strides(*tensors) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _numbers(q, k, chunk_size: int, offset: int, launch: Launch, rows: int) -> dict:
-    heads = q.shape[1]
+def _scalars(q, k, offset: int) -> tuple[float, int, int, int]:
+    """Scale, query heads, query heads per key-value head, place of the summary in its chunk."""
+    return q.shape[3] ** -0.5, q.shape[1], q.shape[1] // k.shape[1], offset
+
+
+def _tiling(chunk_size: int, rows: int, head_width: int, launch: Launch) -> dict:
     return {
-        "heads": heads, "shared": heads // k.shape[1], "offset": offset,
-        "C": chunk_size, "ROWS": rows, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-        "E": q.shape[3],
+        "C": chunk_size, "ROWS": rows, "E": head_width,
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages,
         "PRECISION": "tf32x3",  # of float32 inputs only: as exact as float32, on tensor cores
-        "STAGES": launch.stages,
     }  # fmt: skip
 
 
