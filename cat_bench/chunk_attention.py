@@ -28,7 +28,6 @@ from torch import Tensor
 from cat_bench.blocks import attention
 
 IMPLEMENTATIONS = ("eager", "two_part", "fused")
-REQUIRES = {"fused": "triton"}
 MAX_FUSED_CHUNK = 128  # rows; a chunk must fit into one tile of the kernels
 FUSED_HEAD_WIDTHS = (16, 32, 64, 128)
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,10 +56,9 @@ def chunk_attention(
 
     Raises ValueError where shapes, dtypes, names or the limits of "fused" do not fit.
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, chunk_size, summary, implementation)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     offset = 0 if summary == "first" else chunk_size - 1
     if implementation == "eager":
         return attention(q, k, v, mask=chunk_mask(q.shape[2], chunk_size, offset, q.device))
@@ -81,6 +79,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str, name:
         raise ValueError(
             f"q and k must agree in batch, rows (at least 1) and head width, and the heads of k "
             f"must divide those of q, got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(
+            f"q, k and v must have one dtype and device, got {q.dtype}, {k.dtype} and {v.dtype} "
+            f"on {q.device}, {k.device} and {v.device}."
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
@@ -170,7 +173,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tens
 
 @torch.library.custom_op("cat_bench::chunk_attention", mutates_args=())
 def fused(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
-    """o (b, h, t, e), its memory as (b, t, h, e); log2 of the sums of exponentials (b, h, t)."""
+    """o (b, h, t, e), and log2 of the sums of exponentials, (b, h, t) float32.
+
+    `offset` of the summary row in its chunk: 0 or chunk_size - 1. Arguments are not checked.
+    """
     from cat_bench.chunk_kernels import forward
 
     o, lse = _outputs(q)
@@ -188,16 +194,13 @@ def fused_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     chunk_size: int, offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq (b, h, t, e), dk and dv (b, g, t, e)."""
+    """dq (b, h, t, e), dk and dv (b, g, t, e) of `do` (b, h, t, e) and the outputs of `fused`."""
     from cat_bench.chunk_kernels import backward
 
-    dq, dk, dv = (_like_tokens(q, q.shape[1]) for _ in range(3))
-    delta = torch.empty_like(lse)
+    dq, dk, dv = (_like_tokens(q) for _ in range(3))
+    delta = torch.empty_like(lse)  # rows of do times o, handed from one kernel to the next
     backward(*map(_rows_whole, (do, q, k, v)), o, lse, delta, dq, dk, dv, chunk_size, offset)
-    num_kv = k.shape[1]
-    if num_kv == q.shape[1]:
-        return dq, dk, dv
-    return dq, *(x.unflatten(1, (num_kv, -1)).sum(2) for x in (dk, dv))  # heads that share a key
+    return dq, _shared(dk, k), _shared(dv, k)
 
 
 @fused_backward.register_fake
@@ -205,34 +208,14 @@ def _(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     chunk_size: int, offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    num_kv = k.shape[1]
-    dq, dk, dv = (_like_tokens(q, q.shape[1]) for _ in range(3))
-    if num_kv == q.shape[1]:
-        return dq, dk, dv
-    return dq, *(x.unflatten(1, (num_kv, -1)).sum(2) for x in (dk, dv))
-
-
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return _like_tokens(q, q.shape[1]), lse
-
-
-def _like_tokens(q: Tensor, num_heads: int) -> Tensor:
-    """An empty (b, h, t, e) whose heads lie side by side per token, as the projections want it."""
-    b, _, t, e = q.shape
-    return q.new_empty(b, t, num_heads, e).transpose(1, 2)
-
-
-def _rows_whole(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    return _like_tokens(q), *(_shared(_like_tokens(q), k) for _ in range(2))
 
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, ctx.chunk_size, ctx.offset = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zeros for lse
 
 
 def _gradients(ctx, do: Tensor, _):
@@ -240,3 +223,25 @@ def _gradients(ctx, do: Tensor, _):
 
 
 fused.register_autograd(_gradients, setup_context=_save)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    return _like_tokens(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _like_tokens(q: Tensor) -> Tensor:
+    """An empty (b, h, t, e) whose heads lie side by side per token, as projections want them."""
+    b, h, t, e = q.shape
+    return q.new_empty(b, t, h, e).transpose(1, 2)
+
+
+def _shared(gradient: Tensor, k: Tensor) -> Tensor:
+    """(b, h, t, e) -> (b, g, t, e): the sum over query heads that share a key."""
+    if gradient.shape[1] == k.shape[1]:
+        return gradient
+    return gradient.unflatten(1, (k.shape[1], -1)).sum(2)
+
+
+def _rows_whole(x: Tensor) -> Tensor:
+    """The kernels take any strides but the last."""
+    return x if x.stride(3) == 1 else x.contiguous()

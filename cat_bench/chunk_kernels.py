@@ -20,6 +20,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+VARYING = ("num_rows", "num_summaries", "heads", "shared", "offset")  # never worth a compilation
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -30,20 +31,19 @@ class Launch(NamedTuple):
     stages: int
 
 
-SMALL = {  # chunks of up to 64 rows
-    "forward": Launch(64, 64, 4, 3),
-    "queries": Launch(64, 64, 4, 2),
-    "summaries": Launch(64, 64, 4, 2),
-}
-LARGE = {
-    "forward": Launch(128, 64, 8, 3),
-    "queries": Launch(128, 64, 8, 2),
-    "summaries": Launch(64, 64, 4, 2),
-}
+def launch_of(kernel: str, chunk_size: int, head_width: int, float32: bool) -> Launch:
+    """Tiles of `kernel` ("forward", "queries" or "summaries") that keep to the registers.
 
-
-def launches(chunk_size: int) -> dict[str, Launch]:
-    return SMALL if chunk_size <= 64 else LARGE
+    The smallest query tile that holds a chunk: what a tile computes of its own square without need
+    grows with it, and small tiles fill the device at short lengths.
+    """
+    if float32:  # three TF32 products for one, and twice the bytes
+        block_m = next(size for size in (32, 64, 128) if chunk_size <= size)
+        block_m = 32 if kernel == "summaries" else block_m
+        return Launch(block_m, 32, warps=4 if block_m == 32 else 8, stages=1)
+    block_m = 64 if kernel == "summaries" or chunk_size <= 64 else 128
+    warps = 4 if block_m * head_width <= 64 * 64 else 8
+    return Launch(block_m, 64, warps, stages=3 if kernel == "forward" and head_width <= 64 else 2)
 
 
 def tile_rows(chunk_size: int, block_m: int) -> int:
@@ -52,81 +52,83 @@ def tile_rows(chunk_size: int, block_m: int) -> int:
 
 
 def forward(q, k, v, o, lse, chunk_size: int, offset: int) -> None:
-    """Fill o (b, h, t, e) and lse (b, h, t). Last dimensions contiguous."""
-    launch = launches(chunk_size)["forward"]
+    """Fill o (b, h, t, e) and lse (b, h, t), the latter contiguous. Last dimensions contiguous."""
     b, h, t, e = q.shape
+    launch = launch_of("forward", chunk_size, e, q.element_size() == 4)
     rows = tile_rows(chunk_size, launch.block_m)
-    tiles = triton.cdiv(t, rows)
-    _forward_kernel[(b * h, tiles)](
-        q, k, v, o, lse, t, e**-0.5,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        **_constants(q, k, chunk_size, offset, launch), ROWS=rows,
-        num_warps=launch.warps,
+    _forward_kernel[(b * h, triton.cdiv(t, rows))](
+        q, k, v, o, lse, t, *_scalars(q, k, offset), *_strides(q, k, v, o),
+        **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
 
 
 def backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size: int, offset: int) -> None:
-    """Fill dq, dk and dv, all (b, h, t, e): one gradient of k and v per query head."""
-    launch = launches(chunk_size)
+    """Fill delta (b, h, t), dq, dk and dv (b, h, t, e): gradients of k and v per query head."""
     b, h, t, e = q.shape
-    rows = tile_rows(chunk_size, launch["queries"].block_m)
+    launch = launch_of("queries", chunk_size, e, q.element_size() == 4)
+    rows = tile_rows(chunk_size, launch.block_m)
     tiles = triton.cdiv(t, rows)
-    strides = [x.stride(i) for x in (do, q, k, v, o, dq, dk, dv) for i in range(3)]
     _queries_kernel[(b * h, tiles)](
-        do, q, k, v, o, lse, delta, dq, dk, dv, t, e**-0.5, *strides,
-        **_constants(q, k, chunk_size, offset, launch["queries"]), ROWS=rows,
-        num_warps=launch["queries"].warps,
+        do, q, k, v, o, lse, delta, dq, dk, dv, t, *_scalars(q, k, offset),
+        *_strides(do, q, k, v, o, dq, dk, dv),
+        **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
     num_summaries = (tiles - 1) * (rows // chunk_size)  # those that a later tile sees
     if num_summaries == 0:
         return
-    strides = [x.stride(i) for x in (do, q, k, v, dk, dv) for i in range(3)]
-    _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch["summaries"].block_n))](
-        do, q, k, v, lse, delta, dk, dv, t, num_summaries, e**-0.5, *strides,
-        **_constants(q, k, chunk_size, offset, launch["summaries"]), ROWS=rows,
-        num_warps=launch["summaries"].warps,
+    launch = launch_of("summaries", chunk_size, e, q.element_size() == 4)
+    _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch.block_n))](
+        do, q, k, v, lse, delta, dk, dv, t, num_summaries, *_scalars(q, k, offset),
+        *_strides(do, q, k, v, dk, dv),
+        **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
 
 
-def _constants(q, k, chunk_size: int, offset: int, launch: Launch) -> dict:
-    heads = q.shape[1]
-    # float32 products in float32, not TF32, as everywhere in this project.
+def _strides(*tensors) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _scalars(q, k, offset: int) -> tuple[float, int, int, int]:
+    """Scale, query heads, query heads per key-value head, place of the summary in its chunk."""
+    return q.shape[3] ** -0.5, q.shape[1], q.shape[1] // k.shape[1], offset
+
+
+def _tiling(chunk_size: int, rows: int, head_width: int, launch: Launch) -> dict:
     return {
-        "HEADS": heads, "SHARED": heads // k.shape[1], "C": chunk_size, "OFFSET": offset,
-        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "E": q.shape[3],
-        "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "STAGES": launch.stages,
+        "C": chunk_size, "ROWS": rows, "E": head_width,
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages,
+        "PRECISION": "tf32x3",  # of float32 inputs only: as exact as float32, on tensor cores
     }  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, num_rows, scale,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, num_rows, scale, heads, shared, offset,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    HEADS: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head."""
-    head, b = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    head, b = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last has the most keys: it starts first
     lane, start = tl.arange(0, BLOCK_M), tile.to(tl.int64) * ROWS
     inside = (lane < ROWS) & (start + lane < num_rows)
-    k_ptr += b * k_b + head // SHARED * k_h
-    v_ptr += b * v_b + head // SHARED * v_h
+    k_ptr += b * k_b + head // shared * k_h
+    v_ptr += b * v_b + head // shared * v_h
     q = _load_rows(q_ptr + b * q_b + head * q_h + start * q_t, q_t, lane, inside, E)
     k = _load_rows(k_ptr + start * k_t, k_t, lane, inside, E)
     v = _load_rows(v_ptr + start * v_t, v_t, lane, inside, E)
     scale *= LOG2_E
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     # Lanes past the end are keys of none but themselves: later than every row.
-    score = tl.where(_sees(lane[:, None], lane[None, :], C, OFFSET), score, float("-inf"))
+    score = tl.where(_sees(lane[:, None], lane[None, :], offset, C), score, float("-inf"))
     best = tl.max(score, 1)
     weight = tl.exp2(score - best[:, None])
     total = tl.sum(weight, 1)
     acc = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
 
-    k_ptr += OFFSET * k_t
-    v_ptr += OFFSET * v_t
+    k_ptr += offset * k_t
+    v_ptr += offset * v_t
     num_before = tile * (ROWS // C)
     whole = num_before // BLOCK_N * BLOCK_N
     for low in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
@@ -176,23 +178,22 @@ def _load_summaries(
     return k, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _queries_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
-    num_rows, scale,
+    num_rows, scale, heads, shared, offset,
     do_b, do_h, do_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    HEADS: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head: its dq, its keys' gradients from the tile itself, delta = do . o."""
-    head, b = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    head, b = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     lane, start = tl.arange(0, BLOCK_M), tile.to(tl.int64) * ROWS
     inside = (lane < ROWS) & (start + lane < num_rows)
-    k_ptr += b * k_b + head // SHARED * k_h
-    v_ptr += b * v_b + head // SHARED * v_h
+    k_ptr += b * k_b + head // shared * k_h
+    v_ptr += b * v_b + head // shared * v_h
     do = _load_rows(do_ptr + b * do_b + head * do_h + start * do_t, do_t, lane, inside, E)
     o = _load_rows(o_ptr + b * o_b + head * o_h + start * o_t, o_t, lane, inside, E)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
@@ -207,7 +208,7 @@ def _queries_kernel(
     scale_2 = scale * LOG2_E
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_2
     weight = tl.exp2(score - lse[:, None])
-    weight = tl.where(_sees(lane[:, None], lane[None, :], C, OFFSET), weight, 0.0)
+    weight = tl.where(_sees(lane[:, None], lane[None, :], offset, C), weight, 0.0)
     dv = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
     _store_rows(dv_ptr + b * dv_b + head * dv_h + start * dv_t, dv_t, lane, inside, dv, E)
     d_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -216,8 +217,8 @@ def _queries_kernel(
     _store_rows(dk_ptr + b * dk_b + head * dk_h + start * dk_t, dk_t, lane, inside, dk, E)
     dq = tl.dot(d_score, k, input_precision=PRECISION)
 
-    k_ptr += OFFSET * k_t
-    v_ptr += OFFSET * v_t
+    k_ptr += offset * k_t
+    v_ptr += offset * v_t
     num_before = tile * (ROWS // C)
     whole = num_before // BLOCK_N * BLOCK_N
     for low in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
@@ -249,24 +250,23 @@ def _summaries_to_queries(
     return tl.dot(d_score, k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _summaries_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    num_rows, num_summaries, scale,
+    num_rows, num_summaries, scale, heads, shared, offset,
     do_b, do_h, do_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    HEADS: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N summary rows of one head, as keys of all queries in later tiles; added to dk, dv."""
-    head, b = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    head, b = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
     low = tl.program_id(1) * BLOCK_N  # the first has the most queries, and starts first
     n, lane = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     there = low + n < num_summaries
-    row = low.to(tl.int64) * C + OFFSET
-    k_ptr += b * k_b + head // SHARED * k_h + row * k_t
-    v_ptr += b * v_b + head // SHARED * v_h + row * v_t
+    row = low.to(tl.int64) * C + offset
+    k_ptr += b * k_b + head // shared * k_h + row * k_t
+    v_ptr += b * v_b + head // shared * v_h + row * v_t
     q_ptr += b * q_b + head * q_h
     do_ptr += b * do_b + head * do_h
     lse_ptr += tl.program_id(0).to(tl.int64) * num_rows
@@ -324,9 +324,9 @@ def _later_queries(
 
 
 @triton.jit
-def _sees(query, key, C: tl.constexpr, OFFSET: tl.constexpr):
+def _sees(query, key, offset, C: tl.constexpr):
     """chunk_attention.sees, on row numbers counted from the start of any chunk."""
-    return (key <= query) & ((query // C == key // C) | (key % C == OFFSET))
+    return (key <= query) & ((query // C == key // C) | (key % C == offset))
 
 
 @triton.jit

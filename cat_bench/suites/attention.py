@@ -1,0 +1,218 @@
+"""Attention alone: forward and backward time of chunk attention, its alternatives and dense.
+
+No model runs: an architecture only says which attention (heads, chunk size or stride), and
+q, k, v are random views of one projection, as in a block. One case per implementation:
+
+    eager              a dense mask; up to 4,096 tokens
+    two_part, fused    cat_bench/chunk_attention.py
+    flex_interleaved   FlexAttention on CAT's published layout: [slot, C tokens] per chunk
+    flex_permuted      FlexAttention with all slots first, then all tokens
+    causal             dense causal attention, scaled_dot_product_attention
+
+CAT has N + 1 rows for N tokens (published layout: N + N / C + 1), the others N. Useful FLOPs count
+the pairs that the definition lets a query see, whatever an implementation computes: 4 e per pair
+and head forward, 10 e backward. peak_allocated_bytes leaves out what was there before q, k and v.
+
+Try it: cat-bench run attention --quick
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cat_bench.case import Case, Options, Record
+from cat_bench.errors import UserError
+from cat_bench.spec import Spec, parse, tiny
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cat_bench.architecture import Architecture
+
+ARCHITECTURES = ("cat:chunk_size=16", "dense-2d", "dense")  # 32, 32 and 16 heads
+CHUNKED = ("eager", "two_part", "fused")
+IMPLEMENTATIONS = {
+    "cat": (*CHUNKED, "flex_interleaved", "flex_permuted"),
+    "sparse": CHUNKED,
+    "dense": ("causal",),
+}
+ON_CPU = ("eager", "two_part", "causal")
+MAX_EAGER = 4096  # tokens: beyond it the mask and the scores no longer fit
+SEQ_LENS = {"cpu": (64,), "cuda": (1024, 4096, 16_384, 65_536)}
+TOKENS = {"cpu": 128, "cuda": 16_384}  # a call, shared out among sequences
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+CALLS = {"cpu": 1, "cuda": 10}  # a sample: behind the first, launching hides behind computing
+HEAD_WIDTH = 64
+
+
+class Shape(NamedTuple):
+    """What of an architecture its attention depends on."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    chunk_size: int | None  # None: dense
+    summary: str
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) that see each other, of one head of one sequence."""
+        size = self.chunk_size or self.rows
+        chunks, rest = divmod(self.rows, size)
+        earlier = size * chunks * (chunks - 1) // 2 + rest * chunks
+        return earlier + chunks * size * (size + 1) // 2 + rest * (rest + 1) // 2
+
+
+def plan(specs: list[Spec], options: Options) -> list[Case]:
+    """Architectures x lengths x implementations, in this order; batches of TOKENS tokens."""
+    smoke = options.scale == "smoke"
+    defaults = [parse(text) for text in ARCHITECTURES]
+    specs = specs or ([tiny(spec) for spec in defaults] if smoke else defaults)
+    seq_lens = options.seq_lens or SEQ_LENS[options.device]
+    if min(*seq_lens, *(options.batch_sizes or ()), options.repeats or 1, 1) < 1:
+        raise UserError("lengths, batch sizes and repeats must be 1 or more.", "See --dry-run.")
+    cases = {}
+    for spec, seq_len, seed in itertools.product(specs, seq_lens, options.seeds):
+        if spec.name not in IMPLEMENTATIONS:
+            raise UserError(
+                f"the suite attention knows no attention of '{spec.name}'.",
+                f"It measures: {', '.join(IMPLEMENTATIONS)}.",
+            )
+        batch_sizes = options.batch_sizes or (max(1, TOKENS[options.device] // seq_len),)
+        for name, batch_size in itertools.product(IMPLEMENTATIONS[spec.name], batch_sizes):
+            too_long = name == "eager" and seq_len > MAX_EAGER
+            if not too_long and (name in ON_CPU or not smoke):
+                cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
+    return list(cases)
+
+
+def _case(
+    spec: Spec, options: Options, batch_size: int, seq_len: int, seed: int, implementation: str
+) -> Case:
+    """The model is built but not run: one layer and few words of it are enough."""
+    small = {"num_layers": 1, "vocab_size": 256}
+    if spec.name == "cat":
+        small |= {"compressor_layers": 1, "max_len": max(seq_len, 1024)}
+    settings = ",".join(f"{key}={value}" for key, value in {**spec.overrides, **small}.items())
+    chosen = {"implementation": implementation}
+    if options.repeats is not None:
+        chosen["repeats"] = str(options.repeats)
+    return Case(
+        suite="attention",
+        arch=parse(f"{spec.name}:{settings}").text,
+        batch_size=batch_size,
+        prompt_len=seq_len,  # nothing is generated
+        seq_len=seq_len,
+        dtype=options.dtype or DTYPES[options.device],
+        device=options.device,
+        seed=seed,
+        scale=options.scale,
+        settings=tuple(sorted(chosen.items())),
+    )
+
+
+def measure(case: Case, model: "Architecture") -> Iterator[Record]:
+    """Times, memory, and what they imply. Raises UserError for a GPU's implementation on a CPU."""
+    import torch
+
+    from cat_bench import profiler
+
+    settings = dict(case.settings)
+    implementation = settings["implementation"]
+    if case.device == "cpu" and implementation not in ON_CPU:
+        raise UserError(
+            f"the implementation '{implementation}' needs a CUDA GPU.", "Use --device cuda."
+        )
+    shape = shape_of(parse(case.arch).name, model.config, case.seq_len)
+    held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
+    attend, num_rows = implemented(implementation, shape, case.device)
+    q, k, v, do = _inputs(case, shape, num_rows)
+
+    def forward() -> None:
+        with torch.no_grad():
+            attend(q, k, v)
+
+    def both() -> None:
+        torch.autograd.grad(attend(q, k, v), (q, k, v), do)
+
+    yield Record(case.key, "attended_pairs", shape.pairs, "1")
+    calls, repeats = CALLS[case.device], int(settings.get("repeats", 10))
+    for name, run, per_pair in (("forward", forward, 4), ("forward_backward", both, 4 + 10)):
+
+        def sample(_, run=run) -> None:
+            for _ in range(calls):
+                run()
+
+        timing = profiler.timed(sample, case.device, warmups=3, repeats=repeats)
+        samples = [latency_s / calls for latency_s in timing.latency_s]
+        median_s = statistics.median(samples)
+        flops = per_pair * case.batch_size * shape.heads * HEAD_WIDTH * shape.pairs
+        yield Record(case.key, f"{name}_s", median_s, "s", samples)
+        yield Record(case.key, f"{name}_flops", flops, "FLOP")
+        yield Record(case.key, f"{name}_flops_per_s", flops / median_s, "FLOP/s")
+    counters = profiler.memory_counters(case.device)
+    if "peak_allocated_bytes" in counters:  # of the last repeat: forward and backward
+        peak = counters["peak_allocated_bytes"] - held
+        yield Record(case.key, "peak_allocated_bytes", peak, "bytes")
+
+
+def shape_of(name: str, config: Any, seq_len: int) -> Shape:
+    heads = (config.width_d if name == "cat" else config.width) // HEAD_WIDTH
+    kv_heads = config.num_kv_heads or heads
+    if name == "cat":
+        return Shape(seq_len + 1, heads, kv_heads, config.chunk_size, "first")
+    return Shape(seq_len, heads, kv_heads, getattr(config, "stride", None), "last")
+
+
+def implemented(name: str, shape: Shape, device: str) -> tuple[Callable, int]:
+    """The function of (q, k, v), and the rows that it needs."""
+    from cat_bench.blocks import causal_attention
+    from cat_bench.chunk_attention import chunk_attention
+
+    if name == "causal":
+        return causal_attention, shape.rows
+    if name in CHUNKED:
+        return lambda *qkv: chunk_attention(*qkv, shape.chunk_size, shape.summary, name), shape.rows
+    return _flex(name, shape, device)
+
+
+def _flex(name: str, shape: Shape, device: str) -> tuple[Callable, int]:
+    """FlexAttention, compiled, with its mask of tiles made beforehand."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    seen, num_rows = flex_layout(name, shape)
+    blocks = torch.compile(create_block_mask)(seen, None, None, num_rows, num_rows, device=device)
+    compiled, grouped = torch.compile(flex_attention), shape.heads != shape.kv_heads
+    return lambda *qkv: compiled(*qkv, block_mask=blocks, enable_gqa=grouped), num_rows
+
+
+def flex_layout(name: str, shape: Shape) -> tuple[Callable, int]:
+    """mask_mod(b, h, query, key) and the number of rows: the one predicate, in another order."""
+    from cat_bench.chunk_attention import sees
+
+    size, slots = shape.chunk_size, -(-shape.rows // shape.chunk_size)
+    if name == "flex_interleaved":  # all slots but the first come on top of the tokens
+        return lambda b, h, query, key: sees(query, key, size + 1, 0), shape.rows + slots - 1
+
+    def row(at: "Tensor") -> "Tensor":
+        """In the compact layout."""
+        token, per_chunk = at - slots, max(size - 1, 1)
+        is_slot = at < slots
+        return is_slot * at * size + ~is_slot * (token + token // per_chunk + 1)
+
+    return lambda b, h, query, key: sees(row(query), row(key), size, 0), shape.rows
+
+
+def _inputs(case: Case, shape: Shape, num_rows: int) -> "tuple[Tensor, ...]":
+    """q, k, v, which want gradients, and the gradient of the output."""
+    import torch
+
+    from cat_bench.architecture import DTYPES as TORCH_DTYPES
+
+    heads = [shape.heads, shape.kv_heads, shape.kv_heads, shape.heads]
+    size = case.batch_size, num_rows, sum(heads), HEAD_WIDTH
+    rows = torch.randn(size, dtype=TORCH_DTYPES[case.dtype], device=case.device)
+    *qkv, do = rows.transpose(1, 2).split(heads, dim=1)
+    return *(x.requires_grad_() for x in qkv), do

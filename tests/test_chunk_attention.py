@@ -1,0 +1,132 @@
+"""Chunk attention: eager against the definition row by row, two parts against eager, the errors.
+
+The fused kernels need a GPU: tests/gpu/test_chunk_attention.py.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from baselines import sparse
+from cat_bench import mask
+from cat_bench.chunk_attention import chunk_attention, sees
+
+SUMMARIES = ("first", "last")
+# h, g, t, C: one row, one chunk, an open last chunk, a full one, C = 1, C > t, shared heads.
+CASES = [
+    (1, 1, 1, 4), (2, 2, 4, 4), (2, 1, 11, 4), (2, 2, 12, 4), (4, 2, 7, 1), (2, 1, 5, 9),
+    (1, 1, 9, 2),
+]  # fmt: skip
+
+
+def inputs(h: int, g: int, t: int, e: int = 8, b: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in float64, as views of one projection: only the last dimension is contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(b, t, h + 2 * g, e, generator=generator, dtype=torch.float64)
+    return heads.transpose(1, 2).split([h, g, g], dim=1)
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str) -> Tensor:
+    """One query at a time, over the list of its rows."""
+    o = torch.empty_like(q)
+    b, h, t, e = q.shape
+    offset = 0 if summary == "first" else chunk_size - 1
+    for i, head, row in itertools.product(range(b), range(h), range(t)):
+        start = row // chunk_size * chunk_size
+        seen = [r + offset for r in range(0, start, chunk_size)] + list(range(start, row + 1))
+        keys, values = (x[i, head // (h // k.shape[1]), seen] for x in (k, v))
+        weights = (keys @ q[i, head, row] / math.sqrt(e)).softmax(0)
+        o[i, head, row] = weights @ values
+    return o
+
+
+@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("h, g, t, chunk_size", CASES)
+def test_eager_is_the_definition(h: int, g: int, t: int, chunk_size: int, summary: str) -> None:
+    qkv = inputs(h, g, t)
+    o = chunk_attention(*qkv, chunk_size, summary)
+    torch.testing.assert_close(o, by_definition(*qkv, chunk_size, summary), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("h, g, t, chunk_size", CASES)
+def test_two_parts_equal_eager(h: int, g: int, t: int, chunk_size: int, summary: str) -> None:
+    results = []
+    for implementation in ("eager", "two_part"):
+        qkv = [x.clone().requires_grad_() for x in inputs(h, g, t)]
+        o = chunk_attention(*qkv, chunk_size, summary, implementation)
+        o.backward(inputs(h, g, t)[0] + 1)
+        results.append([o, *(x.grad for x in qkv)])
+    for eager, two_part in zip(*results, strict=True):
+        torch.testing.assert_close(two_part, eager, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("h, g, t, chunk_size", [(2, 1, 7, 3), (1, 1, 4, 1), (1, 1, 3, 3)])
+def test_two_part_gradients(h: int, g: int, t: int, chunk_size: int, summary: str) -> None:
+    qkv = [x.clone().requires_grad_() for x in inputs(h, g, t, e=2, b=1)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: chunk_attention(q, k, v, chunk_size, summary, "two_part"), qkv
+    )
+
+
+def test_it_is_the_mask_of_cat_and_of_sparse() -> None:
+    rows = torch.arange(23)
+    for c in (1, 2, 3, 8, 30):
+        ours = sees(rows[:, None], rows, c, 0)
+        assert torch.equal(ours, torch.from_numpy(mask.allowed(23, c)))
+        assert torch.equal(sees(rows[:, None], rows, c, c - 1), sparse.sees(rows[:, None], rows, c))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "two_part"])
+def test_chunks_of_one_row_are_causal_attention(implementation: str) -> None:
+    q, k, v = inputs(2, 2, 9)
+    causal = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for summary in SUMMARIES:
+        o = chunk_attention(q, k, v, 1, summary, implementation)
+        torch.testing.assert_close(o, causal, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "two_part"])
+def test_large_scores_stay_finite(implementation: str) -> None:
+    q, k, v = inputs(1, 1, 9)
+    qkv = [x.float().requires_grad_() for x in (1e3 * q, 1e3 * k, v)]
+    o = chunk_attention(*qkv, 4, "first", implementation)
+    o.sum().backward()
+    assert all(x.isfinite().all() for x in (o, *(x.grad for x in qkv)))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "two_part"])
+def test_bfloat16_and_autocast(implementation: str) -> None:
+    qkv = inputs(2, 1, 37, 16)
+    exact = chunk_attention(*qkv, 4)
+    half = chunk_attention(*(x.bfloat16() for x in qkv), 4, "first", implementation)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = chunk_attention(*(x.float() for x in qkv), 4, "first", implementation)
+    for o in (half, cast):
+        assert o.dtype == torch.bfloat16
+        assert (o - exact).norm() / exact.norm() < 1e-2
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"summary": "middle"}, "summary must be 'first' or 'last', got 'middle'"),
+        ({"implementation": "flash"}, "implementation must be one of"),
+        ({"implementation": "fused"}, "needs CUDA tensors, got cpu; use implementation='two_part'"),
+        ({"q": torch.zeros(2, 3, 5, 8)}, "heads of k must divide those of q"),
+        ({"q": torch.zeros(2, 2, 6, 8)}, "must agree in batch, rows"),
+        ({"v": torch.zeros(2, 2, 5, 4)}, "q must be (b, h, t, e), k and v (b, g, t, e)"),
+        ({"q": torch.zeros(2, 2, 5, 8).double()}, "must have one dtype and device"),
+    ],
+)
+def test_errors_say_what_to_do(change: dict, said: str) -> None:
+    x = torch.zeros(2, 2, 5, 8)
+    arguments = {"q": x, "k": x, "v": x, "chunk_size": 4} | change
+    with pytest.raises(ValueError) as error:
+        chunk_attention(**arguments)
+    assert said in str(error.value)
