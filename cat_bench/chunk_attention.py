@@ -180,7 +180,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> tupl
     from cat_bench.chunk_kernels import forward
 
     o, lse = _outputs(q)
-    forward(*map(_rows_whole, (q, k, v)), o, lse, chunk_size, offset)
+    forward(_whole(q), _whole(k), _whole(v), o, lse, chunk_size, offset)
     return o, lse
 
 
@@ -199,7 +199,8 @@ def fused_backward(
 
     dq, dk, dv = (_like_tokens(q) for _ in range(3))
     delta = torch.empty_like(lse)  # rows of do times o, handed from one kernel to the next
-    backward(*map(_rows_whole, (do, q, k, v)), o, lse, delta, dq, dk, dv, chunk_size, offset)
+    qkv = _whole(q), _whole(k), _whole(v)
+    backward(_whole(do), *qkv, o, lse, delta, dq, dk, dv, chunk_size, offset)
     return dq, _shared(dk, k), _shared(dv, k)
 
 
@@ -208,7 +209,7 @@ def _(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     chunk_size: int, offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _like_tokens(q), *(_shared(_like_tokens(q), k) for _ in range(2))
+    return _like_tokens(q), _shared(_like_tokens(q), k), _shared(_like_tokens(q), k)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -242,6 +243,6 @@ def _shared(gradient: Tensor, k: Tensor) -> Tensor:
     return gradient.unflatten(1, (k.shape[1], -1)).sum(2)
 
 
-def _rows_whole(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last."""
+def _whole(x: Tensor) -> Tensor:
+    """Every head of a row in one piece: the kernels take any strides but the last."""
     return x if x.stride(3) == 1 else x.contiguous()

@@ -51,7 +51,7 @@ def test_pairs_are_those_of_the_mask(rows: int, size: int) -> None:
     for summary, offset in (("first", 0), ("last", size - 1)):
         seen = chunk_mask(rows, size, offset, torch.device("cpu"))
         assert Shape(rows, 1, 1, size, summary).pairs == seen.sum()
-    assert Shape(rows, 1, 1, None, "last").pairs == rows * (rows + 1) // 2
+    assert Shape(rows, 1, 1, rows, "last").pairs == rows * (rows + 1) // 2
 
 
 @pytest.mark.parametrize("chunks, size", [(1, 4), (5, 4), (4, 1)])

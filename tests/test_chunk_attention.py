@@ -1,6 +1,6 @@
 """Chunk attention: eager against the definition row by row, two parts against eager, the errors.
 
-The fused kernels need a GPU: tests/gpu/test_chunk_attention.py.
+The fused kernels need a GPU: tests/gpu/test_chunk_fused.py.
 """
 
 import itertools

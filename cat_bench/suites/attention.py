@@ -19,6 +19,7 @@ Try it: cat-bench run attention --quick
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cat_bench.case import Case, Options, Record
@@ -52,13 +53,13 @@ class Shape(NamedTuple):
     rows: int
     heads: int
     kv_heads: int
-    chunk_size: int | None  # None: dense
+    chunk_size: int  # dense: all rows are one chunk
     summary: str
 
     @property
     def pairs(self) -> int:
         """(query, key) that see each other, of one head of one sequence."""
-        size = self.chunk_size or self.rows
+        size = self.chunk_size
         chunks, rest = divmod(self.rows, size)
         earlier = size * chunks * (chunks - 1) // 2 + rest * chunks
         return earlier + chunks * size * (size + 1) // 2 + rest * (rest + 1) // 2
@@ -80,10 +81,11 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
                 f"It measures: {', '.join(IMPLEMENTATIONS)}.",
             )
         batch_sizes = options.batch_sizes or (max(1, TOKENS[options.device] // seq_len),)
-        for name, batch_size in itertools.product(IMPLEMENTATIONS[spec.name], batch_sizes):
-            too_long = name == "eager" and seq_len > MAX_EAGER
-            if not too_long and (name in ON_CPU or not smoke):
-                cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
+        for batch_size in batch_sizes:
+            for name in IMPLEMENTATIONS[spec.name]:
+                too_long = name == "eager" and seq_len > MAX_EAGER
+                if not too_long and (name in ON_CPU or not smoke):
+                    cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
     return list(cases)
 
 
@@ -162,7 +164,7 @@ def shape_of(name: str, config: Any, seq_len: int) -> Shape:
     kv_heads = config.num_kv_heads or heads
     if name == "cat":
         return Shape(seq_len + 1, heads, kv_heads, config.chunk_size, "first")
-    return Shape(seq_len, heads, kv_heads, getattr(config, "stride", None), "last")
+    return Shape(seq_len, heads, kv_heads, getattr(config, "stride", seq_len), "last")
 
 
 def implemented(name: str, shape: Shape, device: str) -> tuple[Callable, int]:
@@ -173,7 +175,8 @@ def implemented(name: str, shape: Shape, device: str) -> tuple[Callable, int]:
     if name == "causal":
         return causal_attention, shape.rows
     if name in CHUNKED:
-        return lambda *qkv: chunk_attention(*qkv, shape.chunk_size, shape.summary, name), shape.rows
+        chosen = {"summary": shape.summary, "implementation": name}
+        return partial(chunk_attention, chunk_size=shape.chunk_size, **chosen), shape.rows
     return _flex(name, shape, device)
 
 
