@@ -619,7 +619,8 @@ def dense_first(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _distinguishing(rows: pd.DataFrame) -> list[Column]:
     """A column for each setting in which the rows of one table differ."""
-    names = ("run", "decode_path", "forward_path", "dtype", "prompt_len", "seed", *SETTINGS)
+    names = ("run", "decode_path", "forward_path", "dtype", "prompt_len", "seed", "weights")
+    names += SETTINGS
     return [Column(name, (name,), str) for name in names if rows[name].nunique() > 1]
 
 
@@ -649,13 +650,18 @@ def _settings_line(rows: pd.DataFrame) -> list[str]:
 
 
 def failures(rows: pd.DataFrame) -> tuple[str, ...]:
-    """One note per case that failed or is unsupported, with the last line of its error."""
+    """One note per case that failed, with the last line of its error, or is unsupported."""
     bad = rows[rows["status"].isin(["failed", "unsupported"])]
     return tuple(
         f"{row.status}: {row.label}, batch {row.batch_size}, length {row.seq_len}: "
-        f"{str(row.error or 'no message').strip().splitlines()[-1]} (case {row.case})"
+        f"{_error_text(row.status, str(row.error or 'no message'))} (case {row.case})"
         for row in bad.itertuples()
     )
+
+
+def _error_text(status: str, error: str) -> str:
+    """A traceback's last line names its error; of a sentence for users every line counts."""
+    return " ".join(error.split()) if status == "unsupported" else error.strip().splitlines()[-1]
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
