@@ -27,7 +27,7 @@ class Case:
     decode_path: str = "eager"
     forward_path: str = "eager"
     scale: str = "custom"  # "smoke", "h100", "paper", "custom": scales never share a table
-    weights: str = "random"  # or the key of the pretrain case that makes them
+    weights: str = "random"  # or what a checkpoint folder holds: "sha256:" and 12 hex digits
     protocol: str | None = None
     settings: tuple[tuple[str, str], ...] = ()  # sorted; the suite's own
 

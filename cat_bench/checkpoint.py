@@ -5,9 +5,12 @@ missing is refused, not defaulted: two CATs that differ only in their RoPE rule 
 names and shapes, and the wrong rule fails silently (cat_spec.md 1.4).
 """
 
+import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from cat_bench.architecture import DTYPES, Architecture, load_module
 from cat_bench.errors import UserError
 from cat_bench.spec import Spec, parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -27,12 +33,43 @@ def save(folder: Path, spec: Spec, model: Architecture) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # an old config must never explain new weights
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
-    meaning = {
+    meaning = meaning_of(spec, model.config)
+    (folder / CONFIG).write_text(json.dumps(meaning, indent=2) + "\n")
+
+
+def meaning_of(spec: Spec, config: Any) -> dict[str, Any]:
+    """What config.json holds."""
+    return {
         "architecture": spec.name,
         "layout_version": _layout_version(spec),
-        "config": asdict(model.config),
+        "config": asdict(config),
     }
-    (folder / CONFIG).write_text(json.dumps(meaning, indent=2) + "\n")
+
+
+def write(folder: Path, tensors: "dict[str, Tensor]", meaning: dict[str, Any] | None) -> None:
+    """A new folder of tensors, with config.json unless `meaning` is None. It appears when whole.
+
+    Raises UserError where it exists or cannot be written; nothing is then left behind.
+    """
+    check_is_new(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            part = Path(scratch) / folder.name
+            part.mkdir()
+            save_file(tensors, part / WEIGHTS)
+            if meaning is not None:
+                (part / CONFIG).write_text(json.dumps(meaning, indent=2) + "\n")
+            part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {folder}: {error}.", "Check permissions and free space there."
+        ) from error
+
+
+def check_is_new(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} exists already.", "Give a new folder, or remove that one.")
 
 
 def load(
@@ -43,22 +80,67 @@ def load(
     Raises UserError where the folder is no checkpoint, a Config field (the RoPE rule, say) is
     missing or unknown, the layout version is another one, or tensors do not fit.
     """
-    meaning = _read_config(folder)
-    spec = parse(str(meaning["architecture"]))
-    module = load_module(spec)
-    config = _strict_config(folder, module.Config, meaning["config"])
-    if meaning["layout_version"] != _layout_version(spec):
-        raise UserError(
-            f"{folder} has layout version {meaning['layout_version']}; "
-            f"{spec.name} reads version {_layout_version(spec)}."
-        )
-    model = module.Model(config, decode_path).to(device=device, dtype=DTYPES[dtype])
+    spec, config = read_config(folder)
+    model = load_module(spec).Model(config, decode_path).to(device=device, dtype=DTYPES[dtype])
+    load_into(model, folder, device)
+    return model.eval()
+
+
+def load_into(model: Architecture, folder: Path, device: str) -> None:
+    """Give `model` the weights of `folder`, in its own dtype. Raises UserError if they do not fit.
+
+    The config is not looked at: `check_config` does that.
+    """
     try:
         tensors = load_file(folder / WEIGHTS, device=device)
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the weights of {folder} cannot be loaded: {error}") from error
-    return model.eval()
+
+
+def check_config(folder: Path, spec: Spec, config: Any) -> None:
+    """Raises UserError unless `folder` holds weights of exactly this architecture and Config."""
+    saved_spec, saved = read_config(folder)
+    if saved_spec.name != spec.name:
+        raise UserError(
+            f"{folder} holds weights of {saved_spec.name}, got the spec {spec.text}.",
+            f"Use the spec {saved_spec.name} with the settings in its {CONFIG}.",
+        )
+    for name, value in asdict(saved).items():
+        if value != getattr(config, name):
+            raise UserError(
+                f"{folder} has {name}={value}, but {spec.text} means {name}="
+                f"{getattr(config, name)}.",
+                f"Write the settings of {folder / CONFIG} into the spec: {name}={value}.",
+            )
+
+
+def digest(folder: Path) -> str:
+    """ "sha256:" and the first 12 hex digits over config.json and the weights."""
+    total = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        try:
+            with (folder / name).open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(
+                f"{folder / name} cannot be read: {error.strerror}.",
+                f"A checkpoint folder holds {WEIGHTS} and {CONFIG}.",
+            ) from error
+    return f"sha256:{total.hexdigest()[:12]}"
+
+
+def read_config(folder: Path) -> tuple[Spec, Any]:
+    """The architecture and the Config of a checkpoint folder, every field as it was saved."""
+    meaning = _read_config(folder)
+    spec = parse(str(meaning["architecture"]))
+    config = _strict_config(folder, load_module(spec).Config, meaning["config"])
+    if meaning["layout_version"] != _layout_version(spec):
+        raise UserError(
+            f"{folder} has layout version {meaning['layout_version']}; "
+            f"{spec.name} reads version {_layout_version(spec)}."
+        )
+    return spec, config
 
 
 def _read_config(folder: Path) -> dict:

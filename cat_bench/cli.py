@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,6 +162,9 @@ def run(
         bool, typer.Option("--activation-checkpointing", help="Suite training: less memory.")
     ] = False,
     repeats: Annotated[int | None, typer.Option(help="Default: by the time one takes.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint folder for the one -a; default: random.")
+    ] = None,
     reference_every: Annotated[
         int | None, typer.Option(help="A reference case before every k-th: shows drift.")
     ] = None,
@@ -209,6 +212,7 @@ def run(
         environment = _environment(options.device) | _assumed_gpu(gpu)
         gpu_name = environment.get("gpu_name")
         cases, first = _plan(suite, arch or [], options, gpu_name)
+        cases = cases if weights is None else _with_weights(cases, weights)
         if not dry_run:
             _check_machine(cases)
         resolved = _resolve(cases, gpu_name, match, first)
@@ -293,6 +297,30 @@ def report_(
     else:
         _write(output, text)
         _say(f"written: {output}")
+
+
+@app.command()
+def convert(
+    arch: Annotated[str, typer.Argument(metavar="SPEC", help="mamba2:vocab_size=50288")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Safetensors, or a folder that holds them.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new folder.")],
+    to_upstream: Annotated[
+        bool, typer.Option("--to-upstream", help="From our checkpoint folder to the authors'.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make our checkpoint folder of the authors' weights, or the way back."""
+    from cat_bench import convert as conversion
+
+    made = conversion.to_upstream if to_upstream else conversion.from_upstream
+    num_tensors = made(spec.parse(arch), source, output)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(output), "num_tensors": num_tensors}))
+    else:
+        typer.echo(f"written: {output} ({_plural(num_tensors, 'tensor')})")
 
 
 @app.command()
@@ -536,6 +564,26 @@ def _check_forward_path(specs: list[spec.Spec], asked: str | None) -> None:
                 f"{one.text} has no forward path '{asked}'.{spec.did_you_mean(asked, known)}",
                 f"Its forward paths: {', '.join(known)}.",
             )
+
+
+def _with_weights(cases: list[Case], folder: Path) -> list[Case]:
+    """The cases with a checkpoint in place of random weights; drift references keep those.
+
+    A case is identified by what the folder holds; where it lies is a setting.
+    """
+    from cat_bench import checkpoint
+    from cat_bench.architecture import make_config
+
+    digest = checkpoint.digest(folder)
+    planned = []
+    for case in cases:
+        if all(name != "reference" for name, _ in case.settings):
+            parsed = spec.parse(case.arch)
+            checkpoint.check_config(folder, parsed, make_config(parsed))
+            settings = tuple(sorted([*case.settings, ("weights", str(folder))]))
+            case = replace(case, weights=digest, settings=settings)
+        planned.append(case)
+    return planned
 
 
 def _matched(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cat_bench import spec
-from cat_bench.packages import PACKAGES, Package
+from cat_bench.packages import PACKAGES, Package, install_command
 from cat_bench.store import digest as digest  # one definition of Record.environment
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -310,6 +310,7 @@ def doctor(results: Path = Path("results")) -> list[Check]:
         _check_commit(),
         *_check_torch_and_architectures(),
         *(_check_package(package) for package in PACKAGES),
+        *(_check_paths(info) for info in spec.architectures()),
         *_check_nvml(),
         _check_disk(results),
     ]
@@ -342,6 +343,20 @@ def _check_package(package: Package) -> Check:
         return Check(package.distribution, "warn", detail, package.install)
     version = _version(package.distribution) or "unknown version"
     return Check(package.distribution, "ok", version)
+
+
+def _check_paths(info: spec.ArchitectureInfo) -> Check:
+    """Which ways to run an architecture are ready here. Found, not imported: mamba_ssm counts as
+    installed without its CUDA extension, which only Mamba-1 needs.
+    """
+    packages = {path: info.missing(path) for path in (*info.decode_paths, *info.forward_paths)}
+    ready = [path for path, package in packages.items() if package is None]
+    lacking = [f"{path} (needs {package})" for path, package in packages.items() if package]
+    name, detail = f"paths of {info.name}", f"ready: {', '.join(ready)}"
+    if not lacking:
+        return Check(name, "ok", detail)
+    fixes = dict.fromkeys(install_command(package) for package in packages.values() if package)
+    return Check(name, "warn", f"{detail}; not ready: {', '.join(lacking)}", "; ".join(fixes))
 
 
 def _check_nvml() -> list[Check]:

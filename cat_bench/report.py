@@ -71,6 +71,8 @@ def report_text(runs: Sequence[store.Run], form: str, published: Sequence = ()) 
     tables = []
     for _, group in records.groupby(["scale", "device_name"], sort=False):
         tables.append(_with_published(replace(records_table(group), title=title), published))
+        loops = group[group["suite"] == "upstream"]  # of several suites, it has its own table
+        tables += [records_table(loops)] if 0 < len(loops) < len(group) else []
         details = details_table(group)
         tables += [] if details is None else [details]
     if form == "html":

@@ -30,6 +30,7 @@ SUITE_FOLDERS = {
     "recall_tasks": PACKAGE.parent / "recall_tasks",
 }
 EXHIBITS = PACKAGE / "paper"
+FAST_PATHS = ("cuda_graph", "upstream_graph", "upstream", "eager")  # the first that a model has
 TINY = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
 TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 FUNCTION = re.compile(r"\s*(?:async )?def (\w+)")
@@ -78,7 +79,14 @@ class ArchitectureInfo:
     presets: dict[str, dict[str, Value]]
     decode_paths: tuple[str, ...]
     forward_paths: tuple[str, ...]
-    requires: dict[str, str]  # decode path -> package that it needs
+    requires: dict[str, str]  # path -> package that it needs
+    exports: frozenset[str]  # names that its top level defines or imports
+
+    def fastest(self, device: str) -> str:
+        """The decode path that stands for this architecture in comparisons on `device`."""
+        if device != "cuda":
+            return "eager"
+        return next(path for path in FAST_PATHS if path in self.decode_paths)
 
     def missing(self, decode_path: str) -> str | None:
         """The package that this decode path lacks here, or None. Looks for it, imports nothing."""
@@ -382,6 +390,7 @@ def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
         decode_paths=_literal(model.get("decode_paths"), constants, ("eager",)),
         forward_paths=_literal(model.get("forward_paths"), constants, ("eager",)),
         requires=_checked(path, "REQUIRES", _literal(constants.get("REQUIRES"), constants, {})),
+        exports=frozenset(_defined(tree)),
     )
 
 

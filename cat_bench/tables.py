@@ -33,6 +33,7 @@ MEMORY_RATIOS = {
     "allocated_ratio": "peak_allocated_bytes",
     "state_ratio": "state_bytes",
 }
+MAX_LOOP_RATIO = 1.05  # our loop / upstream's own; above it: underserved (evaluation_spec.md 4.5)
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 
 
@@ -100,6 +101,11 @@ def faster(ratio: float, low: float, high: float) -> str:
     return f"{ratio:.2f}x {word}{interval}"
 
 
+def loop_ratio(ratio: float, low: float, high: float) -> str:
+    mark = " underserved" if ratio > MAX_LOOP_RATIO else ""
+    return with_interval(ratio, low, high) + mark
+
+
 def millions(*counts: float) -> str:
     """Total parameters (non-embedding ones), in 10^6."""
     total, inner = (f"{count / 1e6:,.1f}" for count in counts)
@@ -154,6 +160,8 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
     if "latency_s.samples" in rows:
         rows = _with_intervals(rows)
         rows = _with_dense_ratios(rows)
+        if "upstream" in set(rows["suite"]):
+            rows = _with_loop_ratios(rows)
     if {"floor_s", "latency_s"} <= set(rows):
         share = rows["floor_s"] * _ceiling_share(rows) / rows["latency_s"]
         rows = rows.assign(floor_share=share)
@@ -229,6 +237,36 @@ def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
         return found
 
     return _joined(rows, [ratios(row) for _, row in rows.iterrows()])
+
+
+def _with_loop_ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds "loop" (ours, upstream) and loop_ratio, our latency / upstream's, with its interval.
+
+    A row of suite upstream, loop ours, has its own; one of another suite the largest that its
+    architecture has on the same device and path: served badly anywhere, it is marked everywhere.
+    """
+    rows = rows.assign(loop=[dict(settings).get("loop", "") for settings in rows["settings"]])
+    same = ["run", "arch", "device_name", "dtype", "decode_path"]
+    shape = ["prompt_len", "batch_size", "seq_len", "seed"]
+    theirs = {
+        tuple(row[same + shape]): tuple(latency_samples(row))
+        for _, row in rows[rows["loop"] == "upstream"].iterrows()
+    }
+    own: dict[Any, stats.Interval] = {}
+    worst: dict[tuple, stats.Interval] = {}
+    for index, row in rows[rows["loop"] == "ours"].iterrows():
+        samples = latency_samples(row), theirs.get(tuple(row[same + shape]), ())
+        if all(samples):
+            own[index] = found = _ratio(tuple(samples[0]), samples[1])
+            architecture = tuple(row[same[1:]])
+            worst[architecture] = max(found, worst.get(architecture, found))
+
+    def ratio(index: Any, row: pd.Series) -> dict[str, float]:
+        found = own.get(index) if row["loop"] else worst.get(tuple(row[same[1:]]))
+        names = ("loop_ratio", "loop_ratio_low", "loop_ratio_high")
+        return dict(zip(names, found, strict=False)) if found else dict.fromkeys(names, math.nan)
+
+    return _joined(rows, [ratio(index, row) for index, row in rows.iterrows()])
 
 
 def _joined(rows: pd.DataFrame, found: list[dict[str, Any]]) -> pd.DataFrame:
@@ -322,6 +360,9 @@ def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> p
     return best
 
 
+LOOP_COLUMN = Column(
+    "loop ratio [95 % CI]", ("loop_ratio", "loop_ratio_low", "loop_ratio_high"), loop_ratio
+)
 EFFICIENCY_COLUMNS = (
     Column("architecture", ("label",), str),
     Column("batch", ("batch_size",), whole),
@@ -334,6 +375,7 @@ EFFICIENCY_COLUMNS = (
     Column("state GiB", ("state_bytes",), gib, min),
     Column("vs Dense", ("speedup", "speedup_low", "speedup_high"), faster),
     Column("vs Dense-2D", ("speedup_2d", "speedup_2d_low", "speedup_2d_high"), faster),
+    LOOP_COLUMN,
     Column("% of floor", ("floor_share",), percent),
     Column("n", ("n",), whole),
     Column("params M (non-emb.)", ("num_params", "num_params_non_embedding"), millions),
@@ -356,6 +398,16 @@ TRAINING_COLUMNS = (
     Column("first step s", ("compile_s",), digits),
     EFFICIENCY_COLUMNS[-1],
 )
+UPSTREAM_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    Column("loop", ("loop",), str),
+    Column("latency s [95 % CI]", ("latency_s", "latency_s_low", "latency_s_high"), with_interval),
+    LOOP_COLUMN,
+    Column("n", ("n",), whole),
+    Column("first call s", ("first_call_s",), digits),
+)
 OTHER_COLUMNS = (
     Column("architecture", ("label",), str),
     Column("suite", ("suite",), str),
@@ -371,6 +423,11 @@ DEFINITIONS = (
     "floor = least time by bytes and FLOPs at the best ceilings measured in the same run; "
     "% of floor = floor / latency.",
 )
+LOOP_DEFINITION = (
+    "loop ratio = our latency / that of the authors' own generate (suite upstream), the same "
+    f"weights, prompt and shape; above {MAX_LOOP_RATIO} the architecture is underserved here. Rows "
+    "of other suites show the largest ratio of their architecture."
+)
 
 TRAINING_DEFINITIONS = (
     "step = forward, loss, backward, clipping, AdamW; tok/s = batch x length / step; n = repeats. "
@@ -383,6 +440,7 @@ TRAINING_DEFINITIONS = (
 KINDS = {
     "efficiency": (EFFICIENCY_COLUMNS, DEFINITIONS),
     "training": (TRAINING_COLUMNS, TRAINING_DEFINITIONS),
+    "upstream": (UPSTREAM_COLUMNS, (LOOP_DEFINITION,)),
 }
 
 
@@ -401,6 +459,10 @@ def records_table(records: pd.DataFrame) -> Table:
     rows = measured(records)
     if rows.empty:
         return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
+    upstream = rows["suite"] == "upstream"
+    if upstream.all():
+        return _upstream_table(rows, records)
+    rows = rows[~upstream].reset_index(drop=True)  # they have a table of their own
     suites = set(rows["suite"])
     timed = len(suites) == 1 and suites <= set(KINDS)
     if timed and "latency_s" not in rows:  # nothing went well: statuses still need a column
@@ -413,6 +475,7 @@ def records_table(records: pd.DataFrame) -> Table:
     made = table(rows, (*_distinguishing(rows), *columns), by)
     notes = (
         *definitions,
+        *((LOOP_DEFINITION,) if "loop_ratio" in rows else ()),
         *failures(rows),
         *foreign_dense(rows),
         *warnings(rows, records),
@@ -422,6 +485,18 @@ def records_table(records: pd.DataFrame) -> Table:
         heading=" · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)]),
         notes=notes,
     )
+
+
+def _upstream_table(rows: pd.DataFrame, records: pd.DataFrame) -> Table:
+    """Suite upstream: our loop and the authors', pair by pair."""
+    rows = rows.assign(loop=[dict(settings).get("loop", "") for settings in rows["settings"]])
+    rows = rows.sort_values("loop", kind="stable")  # ours, upstream
+    shown = dict.fromkeys([*rows.columns, "latency_s", "loop_ratio"])  # also where nothing ran
+    rows = dense_first(rows).reindex(columns=list(shown))
+    notes = (LOOP_DEFINITION, *failures(rows), *warnings(rows, records))
+    heading = " · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)])
+    made = table(rows, (*_distinguishing(rows), *UPSTREAM_COLUMNS))
+    return replace(made, heading=heading, notes=notes)
 
 
 def details_table(records: pd.DataFrame) -> Table | None:
@@ -457,6 +532,8 @@ def full_table(records: pd.DataFrame) -> Table:
         return made
     rows = dense_first(rows)
     columns = [Column(name, (name,), str) for name in ("run", "scale", "device_name")]
+    if "loop" in rows:
+        columns.append(Column("suite", ("suite",), str))
     for suite in [name for name in KINDS if name in set(rows["suite"])]:
         titles = {c.title for c in columns}
         columns += [c for c in KINDS[suite][0] if c.title not in titles]
@@ -542,7 +619,8 @@ def dense_first(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _distinguishing(rows: pd.DataFrame) -> list[Column]:
     """A column for each setting in which the rows of one table differ."""
-    names = ("run", "decode_path", "forward_path", "dtype", "prompt_len", "seed", *SETTINGS)
+    names = ("run", "decode_path", "forward_path", "dtype", "prompt_len", "seed", "weights")
+    names += SETTINGS
     return [Column(name, (name,), str) for name in names if rows[name].nunique() > 1]
 
 
@@ -572,13 +650,18 @@ def _settings_line(rows: pd.DataFrame) -> list[str]:
 
 
 def failures(rows: pd.DataFrame) -> tuple[str, ...]:
-    """One note per case that failed or is unsupported, with the last line of its error."""
+    """One note per case that failed, with the last line of its error, or is unsupported."""
     bad = rows[rows["status"].isin(["failed", "unsupported"])]
     return tuple(
         f"{row.status}: {row.label}, batch {row.batch_size}, length {row.seq_len}: "
-        f"{str(row.error or 'no message').strip().splitlines()[-1]} (case {row.case})"
+        f"{_error_text(row.status, str(row.error or 'no message'))} (case {row.case})"
         for row in bad.itertuples()
     )
+
+
+def _error_text(status: str, error: str) -> str:
+    """A traceback's last line names its error; of a sentence for users every line counts."""
+    return " ".join(error.split()) if status == "unsupported" else error.strip().splitlines()[-1]
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:

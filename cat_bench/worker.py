@@ -17,11 +17,13 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy
 import torch
 
+from cat_bench import checkpoint
 from cat_bench.architecture import Architecture, build, load_module, make_config
 from cat_bench.case import Case, Record
 from cat_bench.environment import clock_state
@@ -93,16 +95,32 @@ def build_model(case: Case) -> Architecture:
             f"device 'cuda' is not available: torch {torch.__version__} sees no CUDA GPU.",
             "`cat-bench doctor` says why; --device cpu measures on the CPU.",
         )
-    if case.weights != "random":
-        raise UserError(
-            f"weights '{case.weights}' cannot be loaded by this version.",
-            "Only random weights are measured: leave --weights out.",
-        )
     _require_package(spec, case.decode_path)
     _require_package(spec, case.forward_path)
-    return build(
+    model = build(
         spec, case.decode_path, case.device, case.dtype, case.seed, forward_path=case.forward_path
     )
+    if case.weights != "random":
+        load_weights(case, spec, model)
+    return model
+
+
+def load_weights(case: Case, spec: Spec, model: Architecture) -> None:
+    """The checkpoint of the case. Raises UserError where the folder holds others than planned."""
+    if "weights" not in dict(case.settings):
+        raise UserError(
+            f"weights '{case.weights}' cannot be loaded: the case names no folder.",
+            "Plan it again with --weights FOLDER, or leave --weights out for random ones.",
+        )
+    folder = Path(dict(case.settings)["weights"])
+    found = checkpoint.digest(folder)
+    if found != case.weights:
+        raise UserError(
+            f"the weights in {folder} are {found}, but the case was planned with {case.weights}.",
+            "Put the planned ones back, or start a new run.",
+        )
+    checkpoint.check_config(folder, spec, model.config)
+    checkpoint.load_into(model, folder, case.device)
 
 
 def _require_package(spec: Spec, path: str) -> None:

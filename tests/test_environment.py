@@ -301,6 +301,40 @@ def test_doctor_gives_the_install_command_of_a_missing_package():
     assert present.status == "ok"
 
 
+PATHS = '''"""An architecture of which only the outline is read."""
+REQUIRES = {"upstream": "mamba_ssm", "upstream_graph": "mamba_ssm", "compile": "no_such_package"}
+
+class Config:
+    pass
+
+class Model:
+    decode_paths = ("eager", "upstream", "upstream_graph")
+    forward_paths = ("eager", "compile")
+'''
+
+
+def test_doctor_says_which_paths_are_ready(monkeypatch, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(PATHS)
+    info = environment.spec.describe(str(path))
+    check = environment._check_paths(info)
+    assert (check.name, check.status) == (f"paths of {path}", "warn")
+    assert check.detail == (
+        "ready: eager; not ready: upstream (needs mamba_ssm), upstream_graph (needs mamba_ssm), "
+        "compile (needs no_such_package)"
+    )
+    assert check.fix.count("mamba-ssm==") == 1 and check.fix.endswith("pip install no_such_package")
+
+    (tmp_path / "mamba_ssm").mkdir()  # installed without its extension: importing it would fail
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    detail = environment._check_paths(info).detail
+    assert (
+        detail
+        == "ready: eager, upstream, upstream_graph; not ready: compile (needs no_such_package)"
+    )
+
+
 def test_doctor_warns_of_a_full_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**29))
     assert environment._check_disk(tmp_path).status == "warn"

@@ -482,3 +482,15 @@ def test_an_unknown_forward_path_is_refused(world):
 
     with pytest.raises(UserError, match="no forward path 'flex'; it has: eager"):
         build_model(make_case(world, forward_path="flex"))
+
+
+@pytest.mark.parametrize("path", ["decode_path", "forward_path"])
+def test_on_a_gpu_a_missing_package_is_named_with_its_install_command(world, monkeypatch, path):
+    import torch
+
+    from cat_bench.worker import build_model
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="needs the package no_such_package_anywhere") as error:
+        build_model(make_case(world, device="cuda", **{path: "upstream"}))
+    assert error.value.hint == "Install it: pip install no_such_package_anywhere"

@@ -17,7 +17,6 @@ from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.tables import Table
 
-FAST_PATHS = ("cuda_graph", "upstream_graph", "upstream", "eager")  # the first that a model has
 SMOKE_VALUES = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
 SMOKE_WIDTH_DIVISOR, SMOKE_MIN_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 
@@ -192,8 +191,7 @@ def timed_cases(
 
 def decode_path(name: str, device: str) -> str:
     """The fastest path that the architecture's file has for this device."""
-    paths = _info(spec.parse(name).name).decode_paths
-    return next(path for path in FAST_PATHS if path in paths) if device == "cuda" else "eager"
+    return _info(spec.parse(name).name).fastest(device)
 
 
 def relabelled(

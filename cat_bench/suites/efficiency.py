@@ -206,7 +206,7 @@ def _timed_rows(case: Case, model: "Architecture") -> Generator[Record, None, "T
     """Everything that runs the model; returns the timing of whole generations."""
     from cat_bench import generate, profiler
 
-    warmups, repeats = _protocol(case)
+    warmups, repeats = protocol(case)
     shape = case.batch_size, case.seq_len
     prompt = generate.prompt_tokens(
         case.batch_size, case.prompt_len, case.seed, case.device, model.config.vocab_size
@@ -241,7 +241,7 @@ def _timed_rows(case: Case, model: "Architecture") -> Generator[Record, None, "T
     return generation
 
 
-def _protocol(case: Case) -> tuple[int | None, int | None]:
+def protocol(case: Case) -> tuple[int | None, int | None]:
     """Warm-ups and repeats; None: by the rule of profiler.py."""
     smoke = case.scale == "smoke"
     asked = dict(case.settings).get("repeats")

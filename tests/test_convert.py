@@ -1,0 +1,229 @@
+"""`cat-bench convert` and `run --weights`: whole checkpoints or one sentence, never a part."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cat_bench import checkpoint, cli, convert
+from cat_bench.architecture import build
+from cat_bench.case import Case
+from cat_bench.errors import UserError
+from cat_bench.spec import Spec, parse
+from cat_bench.worker import build_model
+
+# Upstream calls everything "model." and ties the head to the embedding.
+MINE = '''"""Dense, whose authors name tensors in their own way."""
+from dataclasses import dataclass
+from baselines import dense
+
+@dataclass(frozen=True)
+class Config(dense.Config):
+    width: int = 64
+    num_layers: int = 1
+    vocab_size: int = 48
+
+class Model(dense.Model):
+    pass
+
+def from_upstream(tensors):
+    ours = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return ours | {"head.weight": tensors["model.embed.weight"]}
+
+def to_upstream(tensors):
+    return {f"model.{name}": tensor for name, tensor in tensors.items() if name != "head.weight"}
+'''
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Spec:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return parse(str(path))
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, spec: Spec) -> Path:
+    """A file of the authors, in bfloat16."""
+    tensors = build(spec, dtype="bfloat16", seed=3).state_dict()
+    del tensors["head.weight"]
+    save_file(
+        {f"model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    return tmp_path / "x.safetensors"
+
+
+def left_behind(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_weights_come_over_whole_and_go_back(tmp_path: Path, spec: Spec, upstream: Path) -> None:
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert convert.from_upstream(spec, upstream, ours) == len(load_file(upstream)) + 1
+    model = checkpoint.load(ours, dtype="bfloat16")
+    assert torch.equal(model.head.weight, load_file(upstream)["model.embed.weight"])
+    convert.to_upstream(spec, ours, back)
+    assert left_behind(back) == {
+        checkpoint.WEIGHTS
+    }  # the authors' config.json is not ours to write
+    assert same(load_file(back / checkpoint.WEIGHTS), load_file(upstream))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_folder_in_several_files_is_read_whole(
+    tmp_path: Path, spec: Spec, upstream: Path
+) -> None:
+    folder, tensors = tmp_path / "sharded", load_file(upstream)
+    folder.mkdir()
+    shards = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        save_file({n: t for n, t in tensors.items() if shards[n] == shard}, folder / shard)
+    (folder / convert.INDEX).write_text(json.dumps({"weight_map": shards}))
+    assert same(convert.read_tensors(folder), tensors)
+    (folder / "part-1.safetensors").unlink()
+    with pytest.raises(UserError, match="part-1.safetensors cannot be read"):
+        convert.from_upstream(spec, folder, tmp_path / "ours")
+
+
+def drop(name: str) -> Callable[[dict], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said", "hint"),
+    [
+        (drop("model.embed.weight"), "lacks the tensor 'model.embed.weight'", "It holds"),
+        (drop("model.norm.weight"), "gives no 'norm.weight'", "the sizes of these weights"),
+        (
+            lambda tensors: tensors.update({"model.embed.weight": torch.zeros(40, 64)}),
+            r"'embed.weight' from .* has shape \(40, 64\), expected \(48, 64\)",
+            "Set vocab_size=40 in the spec",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(32)}),
+            r"'norm.weight' from .* has shape \(32,\), expected \(64,\)",
+            "the sizes of these weights",
+        ),
+        (
+            lambda tensors: tensors.update({"model.more": torch.zeros(2)}),
+            r"gives 'more' with shape \(2,\), which .* does not have",
+            "the sizes of these weights",
+        ),
+    ],
+)
+def test_the_first_misfit_is_named_and_nothing_is_written(
+    tmp_path: Path, spec: Spec, upstream: Path, edit: Callable[[dict], object], said: str, hint: str
+) -> None:
+    tensors = load_file(upstream)
+    edit(tensors)
+    save_file(tensors, upstream)
+    before = left_behind(tmp_path)
+    with pytest.raises(UserError, match=said) as error:
+        convert.from_upstream(spec, upstream, tmp_path / "ours")
+    assert hint in error.value.hint
+    assert left_behind(tmp_path) == before
+
+
+def test_what_cannot_be_read_or_written_is_one_sentence(
+    tmp_path: Path, spec: Spec, upstream: Path
+) -> None:
+    (tmp_path / "pickle.bin").write_bytes(b"\x80\x02}q")
+    for source, said in (
+        ("pickle.bin", "cannot be read as safetensors"),
+        ("nowhere", "does not exist"),
+        (".", "lacks model.safetensors and"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert.from_upstream(spec, tmp_path / source, tmp_path / "ours")
+    with pytest.raises(UserError, match="exists already"):
+        convert.from_upstream(spec, upstream, tmp_path)
+    with pytest.raises(UserError, match="dense has no map of upstream weights"):
+        convert.from_upstream(parse("dense"), upstream, tmp_path / "ours")
+
+
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, spec: Spec, upstream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(tensors: dict, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    before = left_behind(tmp_path)
+    monkeypatch.setattr(checkpoint, "save_file", stop)
+    with pytest.raises(UserError, match="cannot write .*No space left"):
+        convert.from_upstream(spec, upstream, tmp_path / "ours")
+    assert left_behind(tmp_path) == before
+
+
+def test_the_way_back_wants_the_checkpoint_of_this_spec(
+    tmp_path: Path, spec: Spec, upstream: Path
+) -> None:
+    convert.from_upstream(spec, upstream, tmp_path / "ours")
+    other = parse(f"{spec.name}:num_layers=2")
+    with pytest.raises(UserError, match="has num_layers=1, but .* means num_layers=2"):
+        convert.to_upstream(other, tmp_path / "ours", tmp_path / "back")
+
+
+def test_the_command_writes_and_refuses_with_exit_code_2(
+    tmp_path: Path, spec: Spec, upstream: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    command = ["cat-bench", "convert", spec.text, str(upstream), "-o", str(tmp_path / "ours")]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("sys.excepthook", None)
+    for code, said in ((0, "written: "), (2, "exists already")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert int(ended.value.code or 0) == code
+        assert said in "".join(capsys.readouterr())
+
+
+# --- run --weights --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, spec: Spec) -> Path:
+    checkpoint.save(tmp_path / "model", spec, build(spec, seed=5))
+    return tmp_path / "model"
+
+
+def planned(spec: Spec, folder: Path, **settings: str) -> Case:
+    plain = Case("efficiency", spec.text, 1, 8, 16, "float32", "cpu")
+    reference = Case(
+        "efficiency", "dense", 16, 8, 1024, "float32", "cpu", settings=(("reference", "0"),)
+    )
+    case, untouched = cli._with_weights([plain, reference], folder)
+    assert untouched == reference and case.key != plain.key
+    return case
+
+
+def test_a_case_with_weights_is_built_from_its_folder(spec: Spec, folder: Path) -> None:
+    case = planned(spec, folder)
+    assert case.weights == checkpoint.digest(folder)
+    assert dict(case.settings) == {"weights": str(folder)}
+    tokens = torch.arange(9)[None]
+    assert torch.equal(build_model(case)(tokens), checkpoint.load(folder)(tokens))
+
+
+def test_other_weights_than_planned_are_refused(spec: Spec, folder: Path) -> None:
+    case = planned(spec, folder)
+    checkpoint.save(folder, spec, build(spec, seed=6))
+    with pytest.raises(UserError, match="but the case was planned with sha256:"):
+        build_model(case)
+
+
+def test_weights_of_another_config_are_refused_in_the_plan(spec: Spec, folder: Path) -> None:
+    wider = parse(f"{spec.name}:width=128")
+    with pytest.raises(UserError, match="has width=64, but .* means width=128") as error:
+        planned(wider, folder)
+    assert "width=64" in error.value.hint
+    with pytest.raises(UserError, match="holds weights of .*mine.py, got the spec dense"):
+        planned(parse("dense"), folder)
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        planned(spec, folder.parent / "nowhere")
