@@ -108,7 +108,9 @@ Match = Annotated[
 ]
 Exhibit = Annotated[
     str | None,
-    typer.Argument(help="table1 ... fig8, or all.", autocompletion=_complete_exhibit),
+    typer.Argument(
+        help="table1 ... fig8, several (fig2,fig3), or all.", autocompletion=_complete_exhibit
+    ),
 ]
 DEFAULT_RESULTS = Path("results")
 
@@ -348,11 +350,16 @@ def paper(
     run_missing: Annotated[
         bool, typer.Option("--run", help="Measure what is missing (smoke always does).")
     ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Measure only these architectures: dense,cat-16")
+    ] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Measure only these: 1,64")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Measure only these: 1024")] = None,
     results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Render the paper's tables and figures, or list them.
+    """Render the paper's tables and figures (fig2,fig3 or all), or list them.
 
     Without a name: every exhibit with its status.
     """
@@ -362,9 +369,12 @@ def paper(
         _print_statuses(_build.statuses(results, scale, _warn), as_json)
         return
     sweeps: list[tuple[store.Run, Summary]] = []
-    name = scale if exhibit == "all" else f"{exhibit}-{scale}"
+    name = scale if exhibit == "all" else f"{exhibit.replace(',', '-')}-{scale}"
     wanted = run_missing or scale == "smoke"
-    measure = _measure_missing(results, name, sweeps) if wanted else None
+    chosen = _chosen(
+        scale, only, _counts("--batch-size", batch_size), _counts("--seq-len", seq_len)
+    )
+    measure = _measure_missing(results, name, sweeps, chosen) if wanted else None
     built = _build.build(_exhibit_names(exhibit), scale, results, measure)
     for text in built.skipped:
         _warn(text)
@@ -835,20 +845,49 @@ def _write(path: Path, text: str) -> None:
 
 def _exhibit_names(asked: str) -> list[str]:
     names = [name for name, _ in spec.exhibits()]
-    if asked != "all" and asked not in names:
-        raise UserError(
-            f"unknown exhibit '{asked}'.{spec.did_you_mean(asked, names)}",
-            f"Available: all, {', '.join(names)}.",
+    if asked == "all":
+        return names
+    for one in asked.split(","):
+        if one not in names:
+            raise UserError(
+                f"unknown exhibit '{one}'.{spec.did_you_mean(one, names)}",
+                f"Available: all, {', '.join(names)}.",
+            )
+    return asked.split(",")
+
+
+def _chosen(
+    scale: str,
+    only: str | None,
+    batch_sizes: tuple[int, ...] | None,
+    seq_lens: tuple[int, ...] | None,
+) -> Callable[[Case], bool]:
+    """Whether a case is one of those that the flags of `paper` ask for."""
+    from cat_bench.paper import _settings
+
+    names = None if only is None else only.split(",")
+
+    def is_chosen(case: Case) -> bool:
+        archs = {_settings.arch_text(name, scale, case.seq_len) for name in names or ()}
+        return (
+            (names is None or case.arch in archs)
+            and (batch_sizes is None or case.batch_size in batch_sizes)
+            and (seq_lens is None or case.seq_len in seq_lens)
         )
-    return names if asked == "all" else [asked]
+
+    return is_chosen
 
 
 def _measure_missing(
-    results: Path, name: str, sweeps: "list[tuple[store.Run, Summary]]"
+    results: Path,
+    name: str,
+    sweeps: "list[tuple[store.Run, Summary]]",
+    is_chosen: Callable[[Case], bool],
 ) -> Callable[[list[Case]], None]:
     """What measures the cases that an exhibit lacks, all in one new run folder."""
 
     def measure(cases: list[Case]) -> None:
+        cases = [case for case in cases if is_chosen(case)]
         if not cases:
             return
         _check_machine(cases)

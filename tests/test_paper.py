@@ -70,9 +70,8 @@ def test_plan_of_the_h100_scale() -> None:
     fig2, fig3 = plan("fig2"), plan("fig3")
     assert {c.batch_size for c in fig2} == {1, 4, 16, 64, 128, 256, 512}
     assert {(c.seq_len, c.prompt_len, c.scale) for c in fig2} == {(1024, 8, "h100")}
-    assert {(c.device, c.dtype, c.decode_path) for c in fig2} == {
-        ("cuda", "bfloat16", "cuda_graph")
-    }
+    assert {(c.device, c.dtype) for c in fig2} == {("cuda", "bfloat16")}
+    assert {c.decode_path for c in fig2} <= {"cuda_graph", "upstream_graph"}
     archs = {c.arch for c in fig2}
     assert {"dense", "dense:width=2048", "cat", "cat:chunk_size=16", "cat:chunk_size=32"} <= archs
     assert {c.batch_size for c in fig3} == {256} and {c.seq_len for c in fig3} == {1024, 2048, 4096}
@@ -215,8 +214,9 @@ def test_captions_say_how_peaks_differ_and_where_intervals_are(tmp_path) -> None
     assert "95 % intervals are narrower than the markers where no bar is visible." in says
 
 
-def test_figures_of_the_paper_alone_say_whose_rows_are_missing(tmp_path) -> None:
-    """Dense is measured; what these figures are about is not."""
+def test_figures_of_the_paper_alone_say_whose_rows_are_missing(tmp_path, monkeypatch) -> None:
+    """Dense is measured; what these figures are about is not there."""
+    monkeypatch.setattr(_settings, "_lacks", lambda name, _: "" if name == "dense" else "no file")
     measure(tmp_path, plan("fig7"))
     for name, subject in (("fig6", "Mamba2"), ("fig7", "BASED"), ("fig8", "BASED")):
         records = _build.find(_build.all_records(tmp_path)[0], plan(name)).records

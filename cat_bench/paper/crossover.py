@@ -4,8 +4,8 @@ Batch 16 from 1K to 32K tokens, decoding *at* a length: the prompt is all but th
 and the time per token is that of the steps after it. Every length has the same definition, and a
 32K cell costs seconds instead of a whole generation. The prompt is read in one call, so the peak
 memory of these cases holds its activations (Dense at 32K: 3 GB per MLP activation); weights and
-state are what stays while tokens are made, and "smallest" goes by them. From LONG tokens on there
-are 3 repeats, as part of the case. A case that does not fit the GPU is a row "oom".
+state are what stays while tokens are made, and "smallest" goes by them. A case that does not fit
+the GPU is a row "oom".
 
 Beside them the whole generations of Figure 3 (batch 256) and Figure 2 (length 1024), time per token
 averaged from the prompt of 8 on. All ratios, winners and crossings are of cases of one run.
@@ -29,7 +29,6 @@ ARCHITECTURES = _settings.ARCHITECTURES
 BATCH_SIZE = 16
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)  # tokens
 SPAN = 256  # new tokens at the end of each length
-LONG, LONG_REPEATS = 8192, 3
 REFERENCES = ("Dense", "Mamba2", "GDN")  # whose lines CAT's cross
 
 PANELS = (
@@ -58,10 +57,9 @@ def at_lengths(scale: str) -> list[Case]:
         case
         for length in LENGTHS
         for case in _settings.timed_cases(
-            ARCHITECTURES, scale, [BATCH_SIZE], [length], prompt_len=length - SPAN,
-            repeats=LONG_REPEATS if length >= LONG else None,
+            ARCHITECTURES, scale, [BATCH_SIZE], [length], prompt_len=length - SPAN
         )
-    ]  # fmt: skip
+    ]
 
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
@@ -114,7 +112,7 @@ def _caption(lines: pd.DataFrame, scale: str) -> str:
     return (
         f"{says} Lines: batch {BATCH_SIZE}, the prompt is all but the last {SPAN} tokens and is "
         f"read in one call, so the peak holds its activations; time per token = mean step of the "
-        f"whole batch after it. From {LONG} tokens on {LONG_REPEATS} repeats. Maps: batch "
+        f"whole batch after it. Maps: batch "
         f"{BATCH_SIZE} as the lines, all others whole generations from a prompt of 8 (Figures 2 "
         f"and 3); in each box the best and its margin to the second, both of one run; ~ = the "
         f"interval of the margin holds 1."

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def first_configuration_only() -> None:
-    """Before any kernel is defined: what is decorated with triton.autotune keeps one of its tiles."""
+    """Before any kernel is defined: what triton.autotune decorates keeps one configuration."""
     from triton.runtime.autotuner import Autotuner
 
     original = Autotuner.__init__
