@@ -47,14 +47,18 @@ def window_mask(num_queries: int, num_keys: int, window: int, device: torch.devi
     return (distance >= 0) & (distance < window)
 
 
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def flex_window_attention(num_tokens: int, window: int, device: torch.device) -> Attend:
     """The same for all rows at once, (q, k, v) -> (b, h, t, e), skipping tiles out of sight.
 
-    FlexAttention, so fast only inside torch.compile. One function per length: a new one would make
-    torch.compile start over. Raises UserError on a CPU: there torch 2.13 compiles it into code that
-    is wrong by O(1) as soon as rotated queries and keys are fused into it.
+    FlexAttention, compiled apart from what calls it: with the rotation of queries and keys fused
+    into it, torch 2.11 (CUDA) and 2.13 (CPU) give outputs that are wrong by O(1). One function per
+    length: a new one would make torch.compile start over. Raises UserError on a CPU, where it has
+    no gradient.
     """
     require_cuda("the forward path 'compile' of window attention", device.type)
     blocks = create_block_mask(
@@ -62,8 +66,9 @@ def flex_window_attention(num_tokens: int, window: int, device: torch.device) ->
         None, None, num_tokens, num_tokens, device=device,
     )  # fmt: skip
 
+    @torch.compiler.disable(recursive=False)
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+        return compiled_flex(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend
 

@@ -4,6 +4,7 @@ Autotuning takes minutes per shape and moves no result; CAT_BENCH_AUTOTUNE=1 swi
 """
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -16,17 +17,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
-def first_configuration_only() -> None:
-    """Before any kernel is defined: what triton.autotune decorates keeps one configuration."""
+def smallest_configuration_only() -> None:
+    """Before any kernel is defined: what triton.autotune decorates keeps one configuration.
+
+    The one with the smallest tiles: a larger one may not fit the shared memory.
+    """
     from triton.runtime.autotuner import Autotuner
 
     original = Autotuner.__init__
 
     def init(self: Any, fn: Any, arg_names: Any, configs: Any, *rest: Any, **options: Any) -> None:
-        original(self, fn, arg_names, configs[:1], *rest, **options)
+        original(
+            self, fn, arg_names, [min(configs, key=tile)] if configs else configs, *rest, **options
+        )
+
+    def tile(config: Any) -> int:
+        sizes = [size for size in config.kwargs.values() if isinstance(size, int)]
+        return math.prod(max(1, size) for size in sizes)
 
     Autotuner.__init__ = init
 
 
 if importlib.util.find_spec("triton") and os.environ.get("CAT_BENCH_AUTOTUNE") != "1":
-    first_configuration_only()
+    smallest_configuration_only()

@@ -101,6 +101,9 @@ def test_forward_and_gradients_equal_eager(subject: Subject, path: str, dtype: s
             model.zero_grad()
             torch.nn.functional.cross_entropy(logits.float().mT, tokens.roll(-1, 1)).backward()
         for (name, got), expected in zip(fast.named_parameters(), eager.parameters(), strict=True):
+            if not expected.grad.any():  # CAT's token embeddings, where every chunk is one token
+                assert not got.grad.any(), name
+                continue
             error = contract.relative_norm(got.grad, expected.grad)
             assert error < 3 * bound, f"gradient of {name}: {error:.1e}"
 
