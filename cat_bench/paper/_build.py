@@ -139,10 +139,13 @@ def find(records: pd.DataFrame, planned: list[Case]) -> Found:
     """The closed rows of `planned`, per case of the last run that closed it, all from one device.
 
     All other closed rows of that device come along with "chosen" False: a ratio to Dense is taken
-    inside one run, also where a later run has another Dense.
+    inside one run, also where a later run has another Dense. A case is the same with any number of
+    repeats: every table prints n.
     """
-    keys = {case.key for case in planned}
-    closing = records[(records["metric"] == store.CLOSING) & records["case"].isin(keys)]
+    keys = {key: case.key for case in planned for key in (case.key, _with_repeats_by_rule(case))}
+    records = records[records["case"].isin(keys)]
+    records = records.assign(case=records["case"].map(keys))
+    closing = records[records["metric"] == store.CLOSING]
     closing = closing.assign(number=closing["run"].map(_run_number))
     newest = closing.sort_values("number", kind="stable").drop_duplicates(
         ["case", "device_name"], keep="last"
@@ -154,11 +157,17 @@ def find(records: pd.DataFrame, planned: list[Case]) -> Found:
     device = max(counts, key=lambda name: (counts[name], latest[name]))
     chosen = newest[newest["device_name"] == device]
     pairs = pd.MultiIndex.from_frame(chosen[["run", "case"]])
-    rows = records[records["case"].isin(keys) & (records["device_name"] == device)]
+    rows = records[records["device_name"] == device]
     rows = rows.assign(chosen=pd.MultiIndex.from_frame(rows[["run", "case"]]).isin(pairs))
     by_case = dict(zip(chosen["case"], chosen["status"], strict=True))
     others = tuple(sorted(name for name in counts if name != device))
     return Found(planned, rows, device, others, by_case)
+
+
+def _with_repeats_by_rule(case: Case) -> str:
+    """The key of the case whose repeats are left to the rule of profiler.py."""
+    settings = tuple(pair for pair in case.settings if pair[0] != "repeats")
+    return replace(case, settings=settings).key
 
 
 def _run_number(name: str) -> int:

@@ -78,12 +78,10 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     )
     if rows.empty:
         return Content((), figure, None)
-    made = (
-        _winners(fastest, smallest, rows, scale),
-        _crossings(everything, rows),
-        _measurements(lines),
-    )
-    return Content(made, figure, _plotted(rows))
+    made = [_winners(fastest, smallest, rows, scale), _crossings(everything, rows)]
+    if len(lines):  # the cells of Figures 2 and 3 may be there before any of the lines
+        made.append(_measurements(lines))
+    return Content(tuple(made), figure, _plotted(rows))
 
 
 def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
