@@ -120,11 +120,16 @@ def whole(value: float) -> str:
 
 
 def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
-    """`store.frame` with a column "machine": the line that stands over a table of these rows."""
+    """`store.frame` with two columns more: "machine", the line that stands over a table of these
+    rows, and "commit", of the code that measured them.
+    """
     records = store.frame(list(runs))
     environments = {run.name: run.environment for run in runs}
-    pairs = zip(records["run"], records["device"], strict=True)
-    return records.assign(machine=[machine_line(environments[run], dev) for run, dev in pairs])
+    pairs = list(zip(records["run"], records["device"], strict=True))
+    return records.assign(
+        machine=[machine_line(environments[run], dev) for run, dev in pairs],
+        commit=[(environments[run].get("commit") or "unknown")[:8] for run, _ in pairs],
+    )
 
 
 def is_reference(settings: Iterable) -> bool:

@@ -4,6 +4,7 @@ import html
 import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -78,6 +79,22 @@ def test_plan_of_the_h100_scale() -> None:
     assert {c.arch for c in fig3 if c.seq_len == 4096 and "16" in c.arch} == {
         "cat:chunk_size=16,max_len=4096"
     }
+
+
+def test_a_case_is_the_same_with_any_number_of_repeats(tmp_path) -> None:
+    """Rows whose repeats followed the rule close the planned cases; the newest row is shown."""
+    planned = plan("fig5")
+    by_rule = [replace(case, settings=()) for case in planned]
+    assert not {case.key for case in by_rule} & {case.key for case in planned}
+    measure(tmp_path, by_rule, commit="aaaaaaaaaaaa")
+    assert status_of(tmp_path, "fig5").status == "done"
+    measure(tmp_path, planned[:3], slower=2.0, commit="bbbbbbbbbbbb")
+    records = _build.all_records(tmp_path)[0]
+    found = _build.find(records, planned)
+    latest = found.records[(found.records["run"] == "0002-made-up") & found.records["chosen"]]
+    assert set(latest["case"]) == {case.key for case in planned[:3]}
+    caption = caption_of(_build.exhibit("fig5").render(found.records, [], "h100"))
+    assert "Code of 2 commits (aaaaaaaa, bbbbbbbb): ratios are inside one run." in caption
 
 
 def test_exhibits_share_cases_by_key() -> None:

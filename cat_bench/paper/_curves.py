@@ -95,7 +95,13 @@ def heading(rows: pd.DataFrame) -> str:
     runs = sorted(set(rows["run"]))
     word = "runs" if len(runs) > 1 else "run"
     machines = "; ".join(dict.fromkeys(rows["machine"]))
-    return f"{machines}; {word} {', '.join(runs)}. {settings(rows)}"
+    text = f"{machines}; {word} {', '.join(runs)}. {settings(rows)}"
+    commits = sorted(set(rows["commit"])) if "commit" in rows else []
+    if len(commits) > 1:  # an older row may be of slower code: only ratios inside a run are fair
+        text += (
+            f" Code of {len(commits)} commits ({', '.join(commits)}): ratios are inside one run."
+        )
+    return text
 
 
 def settings(rows: pd.DataFrame) -> str:
