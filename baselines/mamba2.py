@@ -16,7 +16,9 @@ rounding, holds 25.61 MB and, since a step is bound by reading and writing S, ta
 long. The inputs of the convolution have the model's dtype; w = 4 of them are kept, as upstream
 does, although the next token needs three.
 
-Paths on the authors' kernels (mamba-ssm, Triton), each equal to the eager path but for rounding.
+Decode path cuda_graph: this project's own state update (kernels.ssm_step), which reads and writes S
+once and holds the gate; the prompt is read by the eager scan. Paths on the authors' kernels
+(mamba-ssm, Triton), each equal to the eager path but for rounding.
 Their scan multiplies float32 in TF32 and their softplus is log(1 + exp): 1e-3 off in float32.
     forward  upstream        what upstream trains with: convolution, scan, gate, norm and out_proj
                              as one autograd function; needs causal-conv1d too
@@ -49,7 +51,7 @@ PRESETS = {
     "mamba2-32": {"d_state": 32},
     "mamba2-64": {"d_state": 64},
 }
-REQUIRES = {"upstream": "mamba_ssm", "upstream_graph": "mamba_ssm"}
+REQUIRES = {"cuda_graph": "triton", "upstream": "mamba_ssm", "upstream_graph": "mamba_ssm"}
 TINY = {"headdim": 16}  # for the contract: 8 heads, and strides that causal-conv1d takes
 
 SCAN_CHUNK = 64  # tokens; moves the scan's time and memory, not its result
@@ -120,7 +122,12 @@ class State(NamedTuple):
 
 
 class Model(LanguageModel):
-    decode_paths = ("eager", "upstream", "upstream_graph")
+    decode_paths = (
+        "eager",
+        "upstream_graph",
+        "upstream",
+        "cuda_graph",
+    )  # the last is not timed yet
     forward_paths = ("eager", "upstream")
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
@@ -142,7 +149,7 @@ class Model(LanguageModel):
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         columns, matrices = self._zeros(self.config.num_layers, batch_size)
-        return State(columns, matrices, self._upstream_step(columns, matrices))
+        return State(columns, matrices, self._fast_step(columns, matrices))
 
     def _zeros(self, *batch: int) -> tuple[Tensor, Tensor]:
         c, like = self.config, self.head.weight
@@ -150,21 +157,24 @@ class Model(LanguageModel):
         shape = (*batch, c.num_heads, c.headdim, c.d_state)
         return columns, like.new_zeros(shape, dtype=self.state_dtype)
 
-    def _upstream_step(self, columns: Tensor, matrices: Tensor) -> Callable | None:
+    def _fast_step(self, columns: Tensor, matrices: Tensor) -> Callable | None:
         """The step as one function of (token, row), which changes the buffers; None: eager.
 
-        A is computed here, from the weights as they now are.
+        For upstream's kernels A is computed here, from the weights as they now are.
         """
         if self.decode_path == "eager":
             return None
-        import_mamba_ssm()
+        step = fused_step
+        if self.decode_path.startswith("upstream"):
+            import_mamba_ssm()
+            step = upstream_step
         rates = [decay_rates(block.mixer).detach() for block in self.blocks]
 
         @torch.no_grad()
         def run(token: Tensor, row: Tensor | int) -> Tensor:
             x = self.embed(token)  # (b, d)
             for block, *memory in zip(self.blocks, rates, columns, matrices, strict=True):
-                x = upstream_step(block, x, *memory)
+                x = step(block, x, *memory)
             return self.head(rms_norm(x, self.norm))
 
         if self.decode_path == "upstream":
@@ -185,7 +195,7 @@ class Model(LanguageModel):
 
     def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
         """Read `tokens` into the state; return the logits of the token after the last one."""
-        if self.decode_path == "eager":
+        if not self.decode_path.startswith("upstream"):
             return self._read(tokens, state, chunked_scan)
         most = self._upstream_batch(tokens.shape[1])
         columns, matrices = (
@@ -438,6 +448,20 @@ def upstream_read(mixer: Mixer, u: Tensor, columns: Tensor, matrix: Tensor) -> T
     )
     matrix.copy_(last)
     return mixer.out_proj(upstream_gate(mixer, y.flatten(2), z))
+
+
+def fused_step(block: Block, x: Tensor, _: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:
+    """A block for one token on this project's kernels: x (b, d) is changed in place and returned,
+    as are columns and matrix.
+    """
+    from cat_bench import kernels
+
+    mixer = block.mixer
+    z, xbc, dt = mixer.in_proj(rms_norm(x, block.norm)).split(mixer.parts, dim=-1)
+    filters = mixer.conv1d.weight[:, 0]  # (m, w)
+    xbc = kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
+    y = kernels.ssm_step(xbc, dt, z, mixer.A_log, mixer.dt_bias, mixer.D, matrix)
+    return x.addmm_(rms_norm(y, mixer.norm), mixer.out_proj.weight.T)
 
 
 def upstream_step(

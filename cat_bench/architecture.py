@@ -49,7 +49,7 @@ class Architecture(Protocol):
     return is valid. `reset` makes an empty one of any of them.
     """
 
-    decode_paths: tuple[str, ...]  # class attribute, "eager" first
+    decode_paths: tuple[str, ...]  # class attribute: "eager", then the fastest first
     decode_path: str  # the one in use: stored with every number
     # Optional, ("eager",) where missing: ways to run `forward`, given to Model as `forward_path`.
     forward_paths: tuple[str, ...]

@@ -74,7 +74,7 @@ class Options:
     dtype: str | None = None  # default bfloat16 on cuda, float32 on cpu
     device: str = "cpu"
     seeds: tuple[int, ...] = (0,)
-    decode_path: str | None = None  # default cuda_graph on cuda, eager on cpu
+    decode_path: str | None = None  # default: each architecture's fastest on cuda, eager on cpu
     forward_path: str | None = None  # default: the suite's rule; eager where nothing is trained
     activation_checkpointing: bool = False  # suite training
     repeats: int | None = None  # default: by the rule of profiler.py

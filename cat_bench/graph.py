@@ -248,3 +248,28 @@ def gated_rms_norm_reference(x: Tensor, gate: Tensor, weight: Tensor, eps: float
     """RMSNorm(x) silu(gate), head by head. x (b, h, e), gate (b, h e), weight (e,) -> as gate."""
     o = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).flatten(1)
     return (o * F.silu(gate.to(x.dtype))).to(gate.dtype)
+
+
+# --- Mamba-2 ----------------------------------------------------------------------------------
+
+
+def ssm_step_reference(
+    xbc: Tensor, dt: Tensor, z: Tensor, A_log: Tensor, dt_bias: Tensor, D: Tensor, matrix: Tensor
+) -> Tensor:
+    """One token of a Mamba-2 layer from the convolution to the gate, float32 at least.
+
+    xbc (b, h e + 2n): x, B, C after convolution and SiLU; dt (b, h), without its bias; z (b, h e);
+    A_log, dt_bias, D (h,); matrix S (b, h, e, n), changed in place. Returns y silu(z), (b, h e).
+    """
+    _, num_heads, width, num_states = matrix.shape
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    parts = (part.to(wide) for part in (dt, z, A_log, dt_bias, D, matrix))
+    dt, z, A_log, dt_bias, D, state = parts
+    x, key, query = xbc.to(wide).split([num_heads * width, num_states, num_states], dim=-1)
+    x = x.unflatten(-1, (num_heads, width))  # (b, h, e)
+    dt = F.softplus(dt + dt_bias)[..., None]  # (b, h, 1)
+    decay = (-dt * A_log.exp()[:, None]).exp()[..., None]
+    state = decay * state + (dt * x)[..., None] * key[:, None, None]
+    matrix.copy_(state)
+    y = torch.einsum("bhen,bn->bhe", state, query) + D[:, None] * x
+    return (y.flatten(1) * F.silu(z)).to(xbc.dtype)

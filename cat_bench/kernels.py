@@ -509,18 +509,23 @@ def _delta_step_kernel(
     rate = tl.exp(tl.load(rate_ptr + head).to(tl.float32))
     a = tl.load(a_ptr + row * a_stride + head) + tl.load(bias_ptr + head).to(tl.float32)
     beta = tl.sigmoid(tl.load(b_ptr + row * b_stride + head).to(tl.float32))
-    # softplus(a) = max(a, 0) + log(1 + y); where y is small, 1 + y has lost digits of y, and
-    # y / (1 + y - 1) puts back what the logarithm lost with them
-    y = tl.exp(-tl.abs(a))
-    one_more = 1.0 + y
-    lost = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
-    log = tl.where(one_more == 1.0, y, tl.log(one_more) * (y / lost))
-    matrix *= tl.exp(-rate * (tl.maximum(a, 0.0) + log))
+    matrix *= tl.exp(-rate * _softplus(a))
     u = beta * (v - tl.sum(matrix * k[:, None], axis=0))
     matrix += k[:, None] * u[None, :]
     tl.store(matrix_ptr, matrix, mask=inside)
     out = tl.sum(matrix * q[:, None], axis=0)
     tl.store(out_ptr + memory * E + e, out, mask=e < E)
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log(1 + y), y = exp(-|x|). Where y is small, 1 + y has lost digits of y, and
+    y / (1 + y - 1) puts back what the logarithm lost with them.
+    """
+    y = tl.exp(-tl.abs(x))
+    one_more = 1.0 + y
+    lost = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
+    return tl.maximum(x, 0.0) + tl.where(one_more == 1.0, y, tl.log(one_more) * (y / lost))
 
 
 @triton.jit
@@ -559,3 +564,59 @@ def _gated_rms_norm_kernel(
     weight = tl.load(weight_ptr + e, mask=inside, other=0.0).to(tl.float32)
     out = x * tl.rsqrt(tl.sum(x * x) / E + eps) * weight * gate * tl.sigmoid(gate)
     tl.store(out_ptr + here * E + e, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# --- Mamba-2 ----------------------------------------------------------------------------------
+
+SSM_ROWS, SSM_WARPS = 32, 4  # rows of S that a program holds
+
+
+def ssm_step(
+    xbc: Tensor, dt: Tensor, z: Tensor, A_log: Tensor, dt_bias: Tensor, D: Tensor, matrix: Tensor
+) -> Tensor:
+    """One token of a Mamba-2 layer: S is read once and written once, in place; gated output.
+
+    Reference: graph.ssm_step_reference. xbc (b, h e + 2n), dt (b, h), z (b, h e), last dimension
+    contiguous; A_log, dt_bias, D (h,); matrix (b, h, e, n), contiguous. Returns (b, h e), as xbc.
+    """
+    batch_size, num_heads, width, num_states = matrix.shape
+    block = min(SSM_ROWS, triton.next_power_of_2(width))
+    blocks = triton.cdiv(width, block)
+    out = xbc.new_empty(batch_size, num_heads * width)
+    _ssm_step_kernel[(batch_size * num_heads * blocks,)](
+        xbc, dt, z, A_log, dt_bias, D, matrix, out, xbc.stride(0), dt.stride(0), z.stride(0),
+        HEADS=num_heads, E=width, N=num_states, STATES=triton.next_power_of_2(num_states),
+        BLOCK=block, BLOCKS=blocks, num_warps=SSM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _ssm_step_kernel(
+    xbc_ptr, dt_ptr, z_ptr, rate_ptr, bias_ptr, skip_ptr, matrix_ptr, out_ptr,
+    xbc_stride, dt_stride, z_stride,
+    HEADS: tl.constexpr, E: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence, BLOCK rows of its S, which lie in registers."""
+    memory = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    row, head = memory // HEADS, memory % HEADS
+    e = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATES)
+    inside = (e < E)[:, None] & (n < N)[None, :]
+    matrix_ptr += memory * (E * N) + e[:, None] * N + n[None, :]
+    matrix = tl.load(matrix_ptr, mask=inside, other=0.0).to(tl.float32)
+    xbc_ptr += row * xbc_stride
+    x = tl.load(xbc_ptr + head * E + e, mask=e < E, other=0.0).to(tl.float32)
+    key = tl.load(xbc_ptr + HEADS * E + n, mask=n < N, other=0.0).to(tl.float32)
+    query = tl.load(xbc_ptr + HEADS * E + N + n, mask=n < N, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + row * z_stride + head * E + e, mask=e < E, other=0.0).to(tl.float32)
+    dt = tl.load(dt_ptr + row * dt_stride + head).to(tl.float32)
+    dt = _softplus(dt + tl.load(bias_ptr + head).to(tl.float32))
+    decay = tl.exp(-dt * tl.exp(tl.load(rate_ptr + head).to(tl.float32)))
+    matrix = decay * matrix + (dt * x)[:, None] * key[None, :]
+    tl.store(matrix_ptr, matrix.to(matrix_ptr.dtype.element_ty), mask=inside)
+    y = tl.sum(matrix * query[None, :], axis=1)
+    y += tl.load(skip_ptr + head).to(tl.float32) * x
+    out = (y * z * tl.sigmoid(z)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + memory * E + e, out, mask=e < E)

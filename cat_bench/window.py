@@ -7,6 +7,7 @@ it is written: softmax is a sum over rows, so their order in the ring does not m
 Shapes: b batch, t new tokens, h heads, e head width, s ring rows.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -47,7 +48,10 @@ def window_mask(num_queries: int, num_keys: int, window: int, device: torch.devi
     return (distance >= 0) & (distance < window)
 
 
-compiled_flex = torch.compile(flex_attention, dynamic=False)
+@lru_cache
+def compiled_flex() -> Callable:
+    """Not at import: torch.compile takes seconds to load, which only this path should pay."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache(maxsize=8)
@@ -66,9 +70,11 @@ def flex_window_attention(num_tokens: int, window: int, device: torch.device) ->
         None, None, num_tokens, num_tokens, device=device,
     )  # fmt: skip
 
+    flex = compiled_flex()
+
     @torch.compiler.disable(recursive=False)
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled_flex(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+        return flex(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend
 

@@ -8,6 +8,7 @@ cat_spec.md 1.6 (parameters) and 5 (FLOPs, decode traffic), evaluation_spec.md 4
 import importlib.util
 import math
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import cat_bench
 from baselines import mamba2
-from cat_bench import spec
+from cat_bench import graph, spec
 from cat_bench.architecture import Architecture, build, generation_flops, step_flops
 from cat_bench.errors import UserError
 from cat_bench.upstream import import_mamba_ssm
@@ -346,7 +348,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 @pytest.mark.usefixtures("no_memory_of_imports")
 def test_a_missing_package_is_told_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking(monkeypatch, "mamba_ssm")
-    for path in mamba2.Model.decode_paths[1:]:
+    for path in ("upstream", "upstream_graph"):
         model = mamba2.Model(tiny().config, decode_path=path)
         with pytest.raises(UserError, match="(?s)package mamba_ssm.*pip install .*mamba-ssm=="):
             model.init_state(2, 8)
@@ -509,3 +511,28 @@ def test_bytes_of_a_step() -> None:
     assert round(weights.num_bytes / 1e9, 2) == 0.42
     assert round(state.num_bytes / 1e9, 1) == 26.2
     assert round((weights.flops + state.flops) / 1e12, 2) == 0.23
+
+
+# --- the step of decode path cuda_graph, on the references of its kernels
+
+
+@pytest.mark.parametrize("kept", ["model", "float32"])
+@torch.no_grad()
+def test_the_fused_step_is_the_eager_one(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tokens on a state that is not empty; kernels.py itself needs Triton, so a stand-in."""
+    stand_in = types.SimpleNamespace(
+        conv_step=graph.conv_step_reference, ssm_step=graph.ssm_step_reference
+    )
+    monkeypatch.setitem(sys.modules, "cat_bench.kernels", stand_in)
+    monkeypatch.setattr(cat_bench, "kernels", stand_in, raising=False)
+    monkeypatch.setattr(mamba2, "rms_norm", lambda x, norm: norm(x))
+    model, tokens = tiny(state_dtype=kept), tokens_of(3, 9)
+    _, state = model.prefill(tokens[:, :4], model.init_state(3, 9))
+    expected, exact = contract.decode(model, tokens, [4])
+    for position in range(4, 9):
+        x = model.embed(tokens[:, position])
+        for block, *memory in zip(model.blocks, state.columns, state.matrices, strict=True):
+            x = mamba2.fused_step(block, x, None, *memory)
+    contract.assert_same(model.head(model.norm(x)), expected[:, -1], "logits", 1e-12)
+    contract.assert_same(state.matrices, exact.matrices, "S", 1e-12)
+    contract.assert_same(state.columns, exact.columns, "inputs of the convolution", 1e-12)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
-from cat_bench.spec import Spec
+from cat_bench.spec import Spec, describe, parse
 
 if TYPE_CHECKING:
     from cat_bench.architecture import Architecture
@@ -41,7 +41,6 @@ EXAMPLES = {
 }
 GRIDS = {"cpu": ((1, 4), (64,)), "cuda": ((1, 16, 64, 256), (1024,))}  # batch sizes, seq_lens
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-DECODE_PATHS = {"cpu": "eager", "cuda": "cuda_graph"}
 SMOKE_WARMUPS, SMOKE_REPEATS = 1, 3
 MIN_RATE_TOKENS = 8  # new tokens; fewer are no decoding: rates and floors know steps, not prefills
 MAX_CLOCK_DIFFERENCE = 0.02  # host clock against CUDA events
@@ -97,7 +96,7 @@ def _case(
         dtype=options.dtype or DTYPES[options.device],
         device=options.device,
         seed=seed,
-        decode_path=options.decode_path or DECODE_PATHS[options.device],
+        decode_path=options.decode_path or describe(parse(arch).name).fastest(options.device),
         forward_path=options.forward_path or "eager",
         scale=options.scale,
         settings=tuple(sorted((key, str(value)) for key, value in settings.items())),

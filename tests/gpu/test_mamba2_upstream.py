@@ -37,7 +37,7 @@ needs_conv1d = pytest.mark.skipif(not HAVE_CONV1D, reason="needs a compiled caus
 LENGTHS = [1, 63, 64, 200, 300]  # tokens; upstream's chunks are of 256
 D_STATES = [16, 128]
 FORWARD = {"float32": 1e-3, "bfloat16": 2e-2}  # relative norm of the logits
-PATHS = ["upstream", "upstream_graph"]
+PATHS = ["cuda_graph", "upstream", "upstream_graph"]
 
 
 @pytest.fixture(autouse=True, scope="module")
