@@ -145,9 +145,9 @@ class Model(LanguageModel):
             if isinstance(block, DeltaBlock):
                 h = block.attn_norm(x)
                 if self.forward_path == "upstream":
-                    o, _ = block.mixer.upstream(h)
+                    o, _ = self.checkpointed(block.mixer.upstream)(h)
                 else:
-                    o, _ = block.mixer(h, block.mixer.empty(len(tokens)))
+                    o, _ = self.checkpointed(block.mixer)(h, block.mixer.empty(len(tokens)))
                 x = self.on_forward_path(block.feed_forward)(x, o)
             else:
                 x = self.on_forward_path(block)(x, rope, attend)

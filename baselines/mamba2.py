@@ -140,11 +140,11 @@ class Model(LanguageModel):
             import_mamba_ssm(with_conv1d=True)
             self._check_upstream_size(*tokens.shape)
             for block in self.blocks:
-                x = x + upstream_mixer(block.mixer, block.norm(x))
+                x = x + self.checkpointed(upstream_mixer)(block.mixer, block.norm(x))
         else:
             columns, matrix = self._zeros(len(tokens))  # every layer starts from them
             for block in self.blocks:
-                x, _, _ = block(x, columns, matrix, chunked_scan)
+                x, _, _ = self.checkpointed(block)(x, columns, matrix, chunked_scan)
         return self.norm(x)
 
     def init_state(self, batch_size: int, max_len: int) -> State:

@@ -254,9 +254,7 @@ class Model(ForwardPath):
 
     def _training_block(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
         """A block of the compressor on the forward path."""
-        if self.forward_path == "eager":
-            return block(x, rope, attention)
-        if block.q_norm is None and x.shape[1] <= MAX_SHORT:
+        if self.forward_path != "eager" and block.q_norm is None and x.shape[1] <= MAX_SHORT:
             return self.on_forward_path(short_block)(block, x, rope)
         return self.on_forward_path(block)(x, rope, attention)
 

@@ -7,10 +7,12 @@ Shapes: b batch, t tokens, d width, v vocabulary.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cat_bench.architecture import Cost, Logits, Tokens
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
@@ -21,6 +23,7 @@ class ForwardPath(nn.Module):
     """Runs blocks as they are on the forward path "eager", else compiled, one block at a time."""
 
     forward_path: str
+    checkpoint_blocks: bool = False  # keep only the inputs of blocks for the backward pass
 
     def on_forward_path(self, run: Callable) -> Callable:
         """`run`, a block or a function of one, or what torch.compile makes of it.
@@ -28,11 +31,17 @@ class ForwardPath(nn.Module):
         Blocks of one shape share one compilation, so depth costs no compile time.
         """
         if self.forward_path == "eager":
-            return run
+            return self.checkpointed(run)
         compiled = self.__dict__.setdefault("_compiled", {})
         if run not in compiled:
             compiled[run] = torch.compile(run, dynamic=False)
-        return compiled[run]
+        return self.checkpointed(compiled[run])
+
+    def checkpointed(self, run: Callable) -> Callable:
+        """`run`, whose activations are made again in the backward pass if `checkpoint_blocks`."""
+        if not (self.checkpoint_blocks and torch.is_grad_enabled()):
+            return run
+        return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
 class LanguageModel(ForwardPath):
