@@ -85,6 +85,13 @@ def test_torch_free_modules_load_without_torch(module: str):
     assert tool(sys.executable, "-c", code).returncode == 0
 
 
+@pytest.mark.parametrize("module", sorted(p.stem for p in (ROOT / "baselines").glob("[a-z]*.py")))
+def test_baselines_load_without_the_compiler(module: str):
+    """Inductor takes 4 seconds to load, in the process of every case."""
+    code = f"import sys, baselines.{module}; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert tool(sys.executable, "-c", code).returncode == 0
+
+
 # --- README --------------------------------------------------------------------------------------
 
 
