@@ -365,12 +365,17 @@ def paper(
     """
     from cat_bench.paper import _build
 
+    wanted = exhibit is not None and (run_missing or scale == "smoke")
+    if not wanted and (only, batch_size, seq_len) != (None, None, None):
+        raise UserError(
+            "--only, --batch-size and --seq-len choose what is measured, but nothing is measured.",
+            "Add --run to an exhibit's name, or drop them.",
+        )
     if exhibit is None:
         _print_statuses(_build.statuses(results, scale, _warn), as_json)
         return
     sweeps: list[tuple[store.Run, Summary]] = []
     name = scale if exhibit == "all" else f"{exhibit.replace(',', '-')}-{scale}"
-    wanted = run_missing or scale == "smoke"
     chosen = _chosen(
         scale, only, _counts("--batch-size", batch_size), _counts("--seq-len", seq_len)
     )
@@ -886,8 +891,10 @@ def _measure_missing(
 ) -> Callable[[list[Case]], None]:
     """What measures the cases that an exhibit lacks, all in one new run folder."""
 
-    def measure(cases: list[Case]) -> None:
-        cases = [case for case in cases if is_chosen(case)]
+    def measure(missing: list[Case]) -> None:
+        cases = [case for case in missing if is_chosen(case)]
+        if missing and not cases:
+            _warn(f"none of the {_plural(len(missing), 'missing case')} was asked for.")
         if not cases:
             return
         _check_machine(cases)

@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from cat_bench import cli, runner, store
+from cat_bench.case import Case
+from cat_bench.paper import _settings
 
 TINY_RUN = ("efficiency", "-a", "dense", "--quick", "--batch-size", "1", "--seq-len", "16")
 FAULTY = '''"""Dense with a planted fault."""
@@ -206,6 +208,9 @@ def test_a_file_that_cannot_be_imported_is_one_sentence(
         (["run", "efficiency", "-a", "dense", "--retry", "oom"], ["--retry needs --resume"]),
         (["list", "everything"], ["cannot list 'everything'", "architectures, suites"]),
         (["paper", "fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
+        (["paper", "fig2,fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
+        (["paper", "fig2", "--run", "--only", "dens"], ["unknown architecture 'dens'"]),
+        (["paper", "fig2", "--only", "dense"], ["nothing is measured", "Add --run"]),
         (["paper", "--scale", "huge"], ["unknown scale 'huge'", "smoke, h100, paper"]),
     ],
 )
@@ -357,14 +362,22 @@ def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
     assert small.split()[-2] == "yes" and large.split()[-2] == "NO"
 
 
-def test_paper_on_a_gpu_measures_the_drift_reference(
-    cat_bench: Cli, results_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def planned_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on a GPU is planned and written, on any machine, and nothing is measured."""
     monkeypatch.setattr(cli, "_check_machine", lambda cases: None)
     monkeypatch.setattr(cli, "_measure", lambda target, cases, *_: runner.Summary())
+
+
+def is_reference(case: Case) -> bool:
+    return "reference" in dict(case.settings)
+
+
+@pytest.mark.usefixtures("planned_only")
+def test_paper_on_a_gpu_measures_the_drift_reference(cat_bench: Cli, results_folder: Path):
     cat_bench("paper", "fig2", "--scale", "h100", "--run")
     planned = list(store.find(results_folder, "fig2-h100").cases().values())
-    references = [i for i, case in enumerate(planned) if case.settings]
+    references = [i for i, case in enumerate(planned) if is_reference(case)]
     num_cases = len(planned) - len(references)
     assert references == [*(21 * k for k in range(math.ceil(num_cases / 20))), len(planned) - 1]
     for number, index in enumerate(references):
@@ -372,8 +385,42 @@ def test_paper_on_a_gpu_measures_the_drift_reference(
         assert case.settings == (("reference", str(number)),)
         assert (case.arch, case.batch_size, case.seq_len) == ("dense", 16, 1024)
         assert (case.scale, case.device, case.dtype) == ("h100", "cuda", "bfloat16")
-    shapes = [(case.arch, case.batch_size) for case in planned if not case.settings]
-    assert shapes != sorted(shapes)  # still in random order
+    shapes = [(case.arch, case.batch_size) for case in planned if not is_reference(case)]
+    assert len(shapes) == num_cases and shapes != sorted(shapes)  # still in random order
+
+
+@pytest.mark.usefixtures("planned_only")
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            "--only dense,cat-16 --batch-size 1 --seq-len 1024,1032",
+            {(arch, 1, length) for arch in ("dense", "cat-16") for length in (1024, 1032)},
+        ),
+        ("--only cat-16 --batch-size 1,64 --seq-len 1024", {("cat-16", n, 1024) for n in (1, 64)}),
+        ("--only dense --batch-size 64", {("dense", 64, 1024)}),
+        ("--only dense --seq-len 1032", {("dense", 1, 1032)}),
+    ],
+)
+def test_paper_measures_only_what_is_asked_for(
+    cat_bench: Cli, results_folder: Path, flags: str, expected: set[tuple[str, int, int]]
+):
+    """Figure 2 has length 1024 and several batch sizes, ttft batch 1 and prompts of 1024 + 8."""
+    answer = cat_bench("paper", "fig2,ttft", "--scale", "h100", "--run", *flags.split())
+    assert answer.code == 0, answer.err
+    cases = store.find(results_folder, "fig2-ttft-h100").cases().values()
+    found = [(c.arch, c.batch_size, c.seq_len) for c in cases if not is_reference(c)]
+    canonical = [(_settings.arch_text(arch, "h100", n), b, n) for arch, b, n in expected]
+    assert sorted(found) == sorted(canonical)
+
+
+@pytest.mark.usefixtures("planned_only")
+def test_paper_makes_no_run_where_no_missing_case_is_asked_for(
+    cat_bench: Cli, results_folder: Path
+):
+    answer = cat_bench("paper", "fig5", "--run", "--only", "mamba2")
+    assert answer.code == 0 and "none of the 28 missing cases" in answer.err
+    assert not list(results_folder.glob("0*"))
 
 
 def test_paper_names_the_runs_that_it_skipped(cat_bench: Cli, monkeypatch: pytest.MonkeyPatch):
