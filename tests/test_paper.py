@@ -97,6 +97,15 @@ def test_a_case_is_the_same_with_any_number_of_repeats(tmp_path) -> None:
     assert "Code of 2 commits (aaaaaaaa, bbbbbbbb): ratios are inside one run." in caption
 
 
+def test_scale_h100_has_three_repeats_everywhere_and_the_others_the_rule_of_the_profiler() -> None:
+    timed = [name for name in EXHIBITS if any(c.suite == "efficiency" for c in plan(name))]
+    assert {"fig2", "fig3", "fig6", "fig7", "table3", "crossover", "ttft"} <= set(timed)
+    for name in timed:
+        assert {dict(c.settings).get("repeats") for c in plan(name)} == {"3"}
+        for scale in ("smoke", "paper"):
+            assert {c.settings for c in plan(name, scale)} == {()}
+
+
 def test_exhibits_share_cases_by_key() -> None:
     keys = {name: {c.key for c in plan(name)} for name in ("fig2", "fig3", "fig5", "table3")}
     assert keys["fig5"] < keys["fig2"] and keys["table3"] < keys["fig2"]
@@ -239,6 +248,7 @@ def test_figures_of_the_paper_alone_say_whose_rows_are_missing(tmp_path, monkeyp
         records = _build.find(_build.all_records(tmp_path)[0], plan(name)).records
         says = caption_of(_build.exhibit(name).render(records, _build.points_of(name), "h100"))
         assert f"No row of {subject} yet: the paper's points" in says
+    monkeypatch.undo()  # now all can be timed, and none is
     nothing = _build.all_records(tmp_path / "empty")[0]
     content = _build.exhibit("fig2").render(nothing, _build.points_of("fig2"), "h100")
     assert "No row of ours yet" in caption_of(content)
@@ -370,8 +380,6 @@ def test_crossover_decodes_at_a_length_and_shares_all_other_cases() -> None:
     at_lengths = crossover.at_lengths("h100")
     assert {(c.batch_size, c.seq_len - c.prompt_len) for c in at_lengths} == {(16, 256)}
     assert {c.seq_len for c in at_lengths} == {2**power for power in range(10, 16)}
-    repeats = {c.seq_len: dict(c.settings).get("repeats") for c in at_lengths}
-    assert repeats[4096] is None and repeats[8192] == repeats[32_768] == "3"
     cats = [c.arch for c in at_lengths if c.seq_len == 32_768 and c.arch.startswith("cat")]
     assert len(cats) == 3 and all("max_len=32768" in arch for arch in cats)
     figures_2_and_3 = {c.key for name in ("fig2", "fig3") for c in plan(name)}
