@@ -213,6 +213,18 @@ def test_runs_made_at_the_same_time_are_not_mixed(tmp_path, monkeypatch) -> None
     assert set(records["run"]) == {"0001-made-up", "0002-made-up"}  # for ratios inside a run
 
 
+def test_a_case_is_the_same_with_any_number_of_repeats(tmp_path) -> None:
+    """A run by the profiler's rule serves scale h100 too; a later one with 3 repeats wins."""
+    cases = plan("fig5")[:2]
+    older = measure(tmp_path, [replace(case, settings=()) for case in cases])
+    newer = measure(tmp_path, cases[:1])
+    measure(tmp_path, [replace(cases[1], settings=(("weights", "some"),))])  # another case
+    found = _build.find(_build.all_records(tmp_path)[0], cases)
+    assert found.statuses == {case.key: "ok" for case in cases}
+    chosen = found.records[found.records["chosen"]].groupby("case")["run"].unique()
+    assert [list(chosen[case.key]) for case in cases] == [[newer.name], [older.name]]
+
+
 def test_headings_and_captions_name_the_runs(tmp_path) -> None:
     cases = plan("fig5")
     names = [measure(tmp_path, part).name for part in (cases, cases[:-1])]
@@ -413,6 +425,13 @@ def test_lines_are_named_at_their_ends_and_maps_say_who_wins(tmp_path) -> None:
     assert set(winners.text["fastest"]) <= {"CAT-8", "CAT-16", "CAT-32"}
     assert set(crossings.text["time, batch 4"]) == {"lower from 32 to 64"}
     assert "2.00x faster [2.00, 2.00]" in set(lines.text["vs Dense"])
+
+
+def test_crossover_renders_without_any_of_its_lines(tmp_path) -> None:
+    measure(tmp_path, plan("fig2"))
+    records = _build.find(_build.all_records(tmp_path)[0], plan("crossover")).records
+    content = _build.exhibit("crossover").render(records, [], "h100")
+    assert [table.suffix for table in content.tables] == ["table", "crossings"]
 
 
 def test_a_winner_and_a_crossing_are_of_one_run(tmp_path) -> None:
