@@ -611,6 +611,8 @@ def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif part == "q_proj.weight":
             rows = [state_dict[f"{layer}.attn.{x}_proj.weight"] for x in "qkv"]
             ours[_renamed(f"{layer}.qkv.weight", back)] = torch.cat(rows)
+        elif part not in ("k_proj.weight", "v_proj.weight"):  # those two came with q_proj
+            ours[_renamed(name, back)] = weight  # a weight that ours lacks: the loader refuses it
     return ours
 
 

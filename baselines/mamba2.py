@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
+from cat_bench.errors import UserError
 from cat_bench.graph import CapturedStep, rms_norm
 from cat_bench.language_model import LanguageModel
 from cat_bench.upstream import import_mamba_ssm
@@ -197,11 +198,11 @@ class Model(LanguageModel):
         """Read `tokens` into the state; return the logits of the token after the last one."""
         if not self.decode_path.startswith("upstream"):
             return self._read(tokens, state, chunked_scan)
-        most = self._upstream_batch(tokens.shape[1])
-        columns, matrices = (
-            buffer.split(most, dim=1) for buffer in (state.columns, state.matrices)
+        count = math.ceil(len(tokens) / self._upstream_batch(tokens.shape[1]))
+        columns, matrices = (  # parts of equal size need the least memory at once
+            buffer.tensor_split(count, dim=1) for buffer in (state.columns, state.matrices)
         )
-        parts = zip(tokens.split(most), columns, matrices, strict=True)
+        parts = zip(tokens.tensor_split(count), columns, matrices, strict=True)
         return torch.cat([self._read_upstream(*part) for part in parts]), state
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
@@ -237,9 +238,10 @@ class Model(LanguageModel):
     def _check_upstream_size(self, batch_size: int, num_tokens: int) -> None:
         most = self._upstream_batch(num_tokens)
         if batch_size > most:
-            raise ValueError(
+            raise UserError(
                 f"forward path upstream takes at most {most} sequences of {num_tokens} tokens at "
-                f"once, got {batch_size}: use smaller batches, or forward path eager."
+                f"once, got {batch_size}.",
+                "Use smaller batches, or --forward-path eager.",
             )
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import HEAD_WIDTH, Attend, attention, check_width, rope_table
-from cat_bench.chunk_attention import chunk_attention
+from cat_bench.chunk_attention import MAX_FUSED_CHUNK, chunk_attention
 from cat_bench.errors import require_cuda
 from cat_bench.graph import CapturedStep, Rows
 from cat_bench.language_model import Transformer
@@ -106,15 +106,15 @@ class Model(Transformer):
         """Read `tokens` into the state; return the logits of the token after the last one.
 
         The new queries read the live rows of the cache and all new keys; only then is the cache
-        written, because new rows may replace those of a block that has closed.
+        written, because new rows may replace those of a block that has closed. On `cuda_graph` a
+        first prompt goes through the kernels of chunk_attention, whose work grows with t / S; else
+        the pattern is a mask, which costs what Dense costs.
         """
         start, end = state.num_tokens, state.num_tokens + tokens.shape[1]
         self._check_room(end, state)
         new = torch.arange(start, end, device=tokens.device)
         rope = rope_table(new, self.config.rope_base)
-        # A single new token sees all that is live: no mask tensor, so that flash kernels apply.
-        one = end - start == 1
-        seen = None if one else strided_mask(start, end, self.config.stride, tokens.device)
+        attend_seen = self._attend_live(start, end, tokens.device)
         x = self.embed(tokens)  # (b, t, d)
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
 
@@ -123,7 +123,7 @@ class Model(Transformer):
                 all_v = torch.cat([*self._live(values, start), v], dim=2)
                 self._store(k, keys, start)
                 self._store(v, values, start)
-                return attention(q, all_k, all_v, mask=seen)
+                return attend_seen(q, all_k, all_v)
 
             x = self.prefill_block(block, x, rope, attend)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
@@ -134,6 +134,16 @@ class Model(Transformer):
         self._check_room(state.num_tokens + 1, state)
         logits = state.captured(token, state.num_tokens)
         return logits, state._replace(num_tokens=state.num_tokens + 1)
+
+    def _attend_live(self, start: int, end: int, device: torch.device) -> Attend:
+        """Attention of the tokens start .. end - 1 over the live rows, then over themselves."""
+        stride = self.config.stride
+        if end - start == 1:  # it sees all that is live: no mask tensor, so flash kernels apply
+            return attention
+        if start == 0 and self.decode_path != "eager" and stride <= MAX_FUSED_CHUNK:
+            return fused_attention(stride)
+        seen = strided_mask(start, end, stride, device)
+        return lambda q, k, v: attention(q, k, v, mask=seen)
 
     def _live(self, cache: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Rows of (b, h, s, e) that the token at position `start` may read, in order of position:

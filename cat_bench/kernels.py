@@ -360,7 +360,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < width
-    row = tl.program_id(0) * width
+    row = tl.program_id(0).to(tl.int64) * width  # a long prompt has over 2^31 numbers
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / width + eps)

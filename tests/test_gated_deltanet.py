@@ -441,6 +441,14 @@ def test_weights_travel_to_fla_and_back(subject: contract.Subject) -> None:
         assert torch.equal(k, ours["blocks.1.qkv.weight"][64:128])
 
 
+def test_no_weight_of_fla_is_dropped_in_silence() -> None:
+    """fla's attention may normalise queries, which ours does not: `convert` must see that."""
+    theirs = gdn.to_upstream(SUBJECT_H1.model().state_dict())
+    theirs["model.layers.1.attn.q_norm.weight"] = torch.ones(64)
+    unknown = set(gdn.from_upstream(theirs)) - set(SUBJECT_H1.model().state_dict())
+    assert unknown == {"blocks.1.attn.q_norm.weight"}
+
+
 def test_fla_cannot_generate_with_sliding_layers_here() -> None:
     with pytest.raises(UserError, match="flash-attn"):
         gdn.upstream_generate(SUBJECT_H1.model())

@@ -382,7 +382,7 @@ def test_the_authors_kernels_are_not_asked_for_more_than_they_address() -> None:
     assert model._upstream_batch(1) == (2**31 - 1) // (2048 * 128)
     assert model._upstream_batch(10**9) == 1
     model._check_upstream_size(119, 4096)
-    with pytest.raises(ValueError, match="at most 119 sequences of 4096 tokens at once, got 120"):
+    with pytest.raises(UserError, match="at most 119 sequences of 4096 tokens at once, got 120"):
         model._check_upstream_size(120, 4096)
 
 

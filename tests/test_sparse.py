@@ -4,6 +4,7 @@ Sources: cat_spec.md 1.6, 1.7 (mask, parameters), 5 (FLOPs, state); evaluation_s
 state), 4.4 (state). The contract of every architecture is in contract.py.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -167,6 +168,24 @@ def test_cache_rows_hold_what_the_layout_says(stride: int, segments: tuple[int, 
 
 
 @torch.no_grad()
+def test_a_first_prompt_on_the_graphed_path_takes_the_kernels() -> None:
+    """Everywhere else a mask; both are the same pattern, of which "two_part" is the CPU's form."""
+    config, cpu = (
+        sparse.Config(stride=4, width=64, num_layers=1, vocab_size=61),
+        torch.device("cpu"),
+    )
+    graphed = sparse.Model(config, decode_path="cuda_graph")
+    assert graphed._attend_live(0, 9, cpu) is sparse.fused_attention(4)
+    q, k, v = torch.randn(3, 2, 1, 9, 64, dtype=torch.float64)
+    expected = sparse.Model(config)._attend_live(0, 9, cpu)(q, k, v)
+    got = sparse.chunk_attention(q, k, v, 4, "last", "two_part")
+    torch.testing.assert_close(got, expected)
+    for start, end in ((0, 1), (5, 9)):
+        assert graphed._attend_live(start, end, cpu) is not sparse.fused_attention(4)
+    wide = sparse.Model(dataclasses.replace(config, stride=129), decode_path="cuda_graph")
+    assert wide._attend_live(0, 300, cpu) is not sparse.fused_attention(129)
+
+
 def test_full_state_is_refused_with_the_reason() -> None:
     model, tokens = tiny(4), some_tokens(12)
     state = model.init_state(2, 8)

@@ -14,6 +14,7 @@ import torch
 from contract import Subject
 from torch import Tensor
 
+from baselines import sparse
 from cat_bench import spec
 from cat_bench.architecture import Architecture
 
@@ -189,6 +190,29 @@ def test_ragged_batches_equal_rows_alone(subject: Subject, path: str) -> None:
     with torch.no_grad():
         alone = eager.forward(tokens)[torch.arange(6, device="cuda")[:, None], positions]
     contract.assert_same(got, alone, "ragged rows", 1e-5)
+
+
+def test_rms_norm_of_more_numbers_than_32_bits_address() -> None:
+    """The rows of a prompt of 64 x 32,769 tokens; 9 GB."""
+    kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
+    x = torch.ones(2**21 + 64, 1024, device="cuda", dtype=torch.bfloat16)
+    x[-1, 0] = 2.0
+    weight = torch.ones(1024, device="cuda", dtype=torch.bfloat16)
+    got = kernels.rms_norm(x, weight, 1e-5)
+    expected = torch.nn.functional.rms_norm(x[-2:], (1024,), weight, 1e-5)
+    torch.testing.assert_close(got[-2:], expected)
+
+
+@pytest.mark.parametrize("stride", [8, 129])
+def test_long_prompts_of_strided_attention(stride: int) -> None:
+    """A first prompt (on the kernels up to a stride of 128), a second one and steps."""
+    pytest.importorskip("triton")
+    config = sparse.Config(stride=stride, width=128, num_layers=2, vocab_size=97, num_kv_heads=1)
+    subject = Subject(f"sparse[stride={stride}]", config, sparse.Model)
+    eager, fast = pair(subject, "cuda_graph", "float32")
+    tokens = subject.tokens(2, 1050).cuda()
+    got, expected = (contract.decode(model, tokens, [777, 200])[0] for model in (fast, eager))
+    contract.assert_same(got, expected, "after a long prompt", 1e-5)
 
 
 def test_triton_is_there() -> None:
