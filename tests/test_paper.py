@@ -213,7 +213,7 @@ def test_runs_made_at_the_same_time_are_not_mixed(tmp_path, monkeypatch) -> None
     assert set(records["run"]) == {"0001-made-up", "0002-made-up"}  # for ratios inside a run
 
 
-def test_a_case_is_the_same_with_any_number_of_repeats(tmp_path) -> None:
+def test_another_setting_than_the_repeats_makes_another_case(tmp_path) -> None:
     """A run by the profiler's rule serves scale h100 too; a later one with 3 repeats wins."""
     cases = plan("fig5")[:2]
     older = measure(tmp_path, [replace(case, settings=()) for case in cases])
