@@ -76,12 +76,19 @@ class Best(NamedTuple):
 
 
 def best(rows: pd.DataFrame, metric: str) -> list[Best]:
-    """Per setting, in the run that has measured most architectures there (of equals the newest)."""
+    """Per setting, in the newest run that has every architecture which any run has there.
+
+    Without such a run nobody is known to be best: the setting is left out.
+    """
     found = []
     ok = rows[(rows["status"] == "ok") & rows[metric].notna()] if metric in rows else rows.iloc[:0]
     for setting, part in ok.groupby(SETTING):
         by_run = dict(list(part.groupby("run")))
-        run = max(by_run, key=lambda name: (by_run[name]["label"].nunique(), number(name)))
+        everyone = set(part["label"])
+        whole = [name for name, rows_of in by_run.items() if set(rows_of["label"]) == everyone]
+        if not whole:
+            continue
+        run = max(whole, key=number)
         ranked = by_run[run].sort_values(metric)
         if len(ranked) > 1:
             first, second = ranked.iloc[0], ranked.iloc[1]

@@ -74,7 +74,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         _lines.Map("smallest weights and state", _map(smallest)),
     ]
     figure = _lines.line_figure(
-        lines, PANELS, figures.LENGTH, _caption(lines, scale), maps, scale == "smoke"
+        lines, PANELS, figures.LENGTH, _caption(lines, rows, scale), maps, scale == "smoke"
     )
     if rows.empty:
         return Content((), figure, None)
@@ -103,17 +103,20 @@ def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
     return _one_run.with_ratio(rows, "tpot_s", "Dense", "faster")
 
 
-def _caption(lines: pd.DataFrame, scale: str) -> str:
-    says = _curves.caption(TITLE, lines, ARCHITECTURES, scale, PANELS)
-    if lines.empty or scale == "smoke":
+def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str) -> str:
+    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS)
+    if rows.empty or scale == "smoke":
         return says
+    if lines.empty:
+        says += " No row of the lines yet."
     return (
         f"{says} Lines: batch {BATCH_SIZE}, the prompt is all but the last {SPAN} tokens and is "
         f"read in one call, so the peak holds its activations; time per token = mean step of the "
         f"whole batch after it. Maps: batch "
         f"{BATCH_SIZE} as the lines, all others whole generations from a prompt of 8 (Figures 2 "
-        f"and 3); in each box the best and its margin to the second, both of one run; ~ = the "
-        f"interval of the margin holds 1."
+        f"and 3); in each box the best and its margin to the second, of a run that has every "
+        f"architecture measured there (else the box is empty); ~ = the interval of the margin "
+        f"holds 1."
     )
 
 
