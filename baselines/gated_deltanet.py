@@ -612,7 +612,7 @@ def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             rows = [state_dict[f"{layer}.attn.{x}_proj.weight"] for x in "qkv"]
             ours[_renamed(f"{layer}.qkv.weight", back)] = torch.cat(rows)
         elif part not in ("k_proj.weight", "v_proj.weight"):  # those two came with q_proj
-            ours[_renamed(name, back)] = weight  # a weight that ours lacks: the loader refuses it
+            ours[name] = weight  # ours has no such weight: the loader refuses it by this name
     return ours
 
 

@@ -167,7 +167,6 @@ def test_cache_rows_hold_what_the_layout_says(stride: int, segments: tuple[int, 
     assert state.keys.shape[3] == num_columns + stride
 
 
-@torch.no_grad()
 def test_a_first_prompt_on_the_graphed_path_takes_the_kernels() -> None:
     """Everywhere else a mask; both are the same pattern, of which "two_part" is the CPU's form."""
     config, cpu = (
@@ -186,6 +185,7 @@ def test_a_first_prompt_on_the_graphed_path_takes_the_kernels() -> None:
     assert wide._attend_live(0, 300, cpu) is not sparse.fused_attention(129)
 
 
+@torch.no_grad()
 def test_full_state_is_refused_with_the_reason() -> None:
     model, tokens = tiny(4), some_tokens(12)
     state = model.init_state(2, 8)
