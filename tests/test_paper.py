@@ -114,7 +114,7 @@ def test_exhibits_share_cases_by_key() -> None:
 
 def test_smoke_is_small_and_shares_no_case_with_another_scale() -> None:
     smoke = {c.key: c for name in EXHIBITS for c in plan(name, "smoke")}
-    assert 0 < len(smoke) <= 50
+    assert 0 < len(smoke) <= 42
     assert {(c.device, c.dtype, c.decode_path) for c in smoke.values()} == {
         ("cpu", "float32", "eager")
     }
@@ -402,7 +402,7 @@ def test_our_exhibits_add_few_smoke_cases() -> None:
     shared = {c.key for name in ("fig2", "fig3") for c in plan(name, "smoke")}
     assert {c.key for c in plan("crossover", "smoke")} <= shared
     new = {c.key for c in plan("ttft", "smoke")} - shared
-    assert len(new) == len(_settings.ARCHITECTURES)
+    assert len(new) == 3
     assert {(c.batch_size, c.prompt_len, c.seq_len) for c in plan("ttft")} == {
         (1, prompt, prompt + 8) for prompt in (1024, 4096, 16_384, 32_768)
     }

@@ -21,6 +21,7 @@ from cat_bench.paper._settings import Content
 TITLE = "Time to first token over the prompt, batch 1"
 SUITES = ("efficiency",)
 ARCHITECTURES = _settings.ARCHITECTURES
+ARCHITECTURES_SMOKE = ("dense", "dense-2d", "cat-8")  # enough to prove the pipeline
 PROMPTS = (1024, 4096, 16_384, 32_768)  # tokens
 NEW_TOKENS = 8
 SMOKE_PROMPTS, SMOKE_LENGTH = (_settings.PROMPT_LEN, 56), 64  # the first is Figure 2's case
@@ -39,11 +40,12 @@ PANELS = (
 
 def plan(scale: str) -> list[Case]:
     is_smoke = scale == "smoke"
+    names = ARCHITECTURES_SMOKE if is_smoke else ARCHITECTURES
     return [
         case
         for prompt in (SMOKE_PROMPTS if is_smoke else PROMPTS)
         for seq_len in [SMOKE_LENGTH if is_smoke else prompt + NEW_TOKENS]
-        for case in _settings.timed_cases(ARCHITECTURES, scale, [1], [seq_len], prompt)
+        for case in _settings.timed_cases(names, scale, [1], [seq_len], prompt)
     ]
 
 
