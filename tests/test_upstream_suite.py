@@ -30,7 +30,7 @@ class Config(dense.Config):
     vocab_size: int = 64
 
 class Model(dense.Model):
-    decode_paths = ("eager", "upstream", "upstream_graph")
+    decode_paths = ("eager", "upstream_graph", "upstream")
 
 def upstream_generate(model):
     def run(prompt, seq_len):
