@@ -71,7 +71,7 @@ def block_step(
     """
     from cat_bench import kernels
 
-    qkv = F.linear(rms_norm(x, block.attn_norm), block.qkv.weight)
+    qkv = norm_linear(x, block.attn_norm, block.qkv.weight)
     kv_width = block.num_kv_heads * HEAD_WIDTH
     q, k, v = qkv.split([block.num_heads * HEAD_WIDTH, kv_width, kv_width], dim=-1)
     if block.q_norm is not None:
@@ -109,11 +109,41 @@ def plain_block(block: Block, x: Tensor, rope: Rope, attend: Attend = attention)
 
 def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
     """The block after its attention, in place: x and o (rows, d)."""
-    from cat_bench import kernels
+    add_linear_(x, o, block.attn_out.weight)
+    h = norm_swiglu(x, block.mlp_norm, packed_gate_up(block))
+    return add_linear_(x, h, block.w2.weight)
 
-    x.addmm_(o, block.attn_out.weight.T)  # in place: the residual rides in the matmul's epilogue
-    gate_up = F.linear(rms_norm(x, block.mlp_norm), packed_gate_up(block))
-    return x.addmm_(kernels.swiglu(gate_up), block.w2.weight.T)
+
+# Linear layers of a step. One row is a matter of memory and launches alone, and has kernels of its
+# own; from two on cuBLAS is as fast (docs/performance.md).
+
+
+def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor) -> Tensor:
+    """W RMSNorm(x). x (rows, d), weight (n, d) -> (rows, n)."""
+    if len(x) > 1:
+        return F.linear(rms_norm(x, norm), weight)
+    from cat_bench import vector_kernels
+
+    return vector_kernels.linear(x, weight, norm)
+
+
+def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of RMSNorm(x). x (rows, d), gate_up (2 n, d) -> (rows, n)."""
+    from cat_bench import kernels, vector_kernels
+
+    if len(x) > 1:
+        return kernels.swiglu(F.linear(rms_norm(x, norm), gate_up))
+    return vector_kernels.swiglu(x, norm, gate_up)
+
+
+def add_linear_(x: Tensor, o: Tensor, weight: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+    """x += W o, or W RMSNorm(o), in place. x (rows, d), o (rows, n), weight (d, n) -> x."""
+    if len(x) > 1:
+        o = o if norm is None else rms_norm(o, norm)
+        return x.addmm_(o, weight.T)  # the residual rides in the matmul's epilogue
+    from cat_bench import vector_kernels
+
+    return vector_kernels.linear(o, weight, norm, add_to=x)
 
 
 def conv_step_reference(

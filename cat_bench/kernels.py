@@ -6,18 +6,35 @@ allocated one, and the small operations around the matmuls take one launch each.
 Shapes: b batch, h query heads, g key-value heads, e head width (64), s cache rows, d width.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents as gdc_release
+from triton.language.extra.cuda import gdc_wait
 
 from cat_bench.blocks import HEAD_WIDTH, Rope
 from cat_bench.graph import Rows
 
-BLOCK = 32  # cache rows a tile; these four were the best or within 2 % of it on an H200
-WARPS = 1
+BLOCK, WARPS = 32, 1  # cache rows a tile; the best or within 2 % of it on an H200
+SHORT_BLOCK, SHORT_WARPS = 128, 4  # where few programs have few rows: then time is latency
+SHORT_ROWS, FEW_PROGRAMS = 256, 512
 STAGES = 2
 PROGRAMS_WANTED = 2048  # about 16 per multiprocessor of an H100 or H200; below it, split the rows
+
+
+@lru_cache
+def early_launch() -> dict[str, bool]:
+    """Launch options of kernels that may start while the one before them still runs (Hopper).
+
+    Such a kernel has the constant EARLY. Before `gdc_wait` it reads only what the kernel before it
+    does not write, and writes nothing; after it, `gdc_release` lets the next one start. So when a
+    kernel starts, everything up to the last but one has ended.
+    """
+    early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def decode_attention(
@@ -30,8 +47,10 @@ def decode_attention(
     Returns (b, h e) in q's dtype. Softmax and sums are float32.
     """
     batch_size, num_heads, num_kv = len(q), q.shape[1] // HEAD_WIDTH, keys.shape[1]
-    splits = max(1, PROGRAMS_WANTED // (batch_size * num_heads))
-    splits = min(splits, triton.cdiv(keys.shape[2], 2 * BLOCK), 64)
+    few = batch_size * num_heads <= FEW_PROGRAMS and keys.shape[2] <= SHORT_ROWS
+    block, warps = (SHORT_BLOCK, SHORT_WARPS) if few else (BLOCK, WARPS)
+    splits = max(1, PROGRAMS_WANTED // (batch_size * num_heads * warps))
+    splits = min(splits, triton.cdiv(keys.shape[2], 2 * block), 64)
     splits = 2 ** (splits.bit_length() - 1)  # the combining kernel holds them in one tile
     out = torch.empty(batch_size, num_heads * HEAD_WIDTH, dtype=q.dtype, device=q.device)
     partial = q.new_empty(batch_size * num_heads, splits, HEAD_WIDTH + 2, dtype=torch.float32)
@@ -39,11 +58,13 @@ def decode_attention(
     _attend_kernel[(batch_size * num_heads, splits)](
         q, k, v, keys, values, *rope, out, partial, *(rows if second else (*rows[:3], *rows[:2])),
         q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1),
-        HEADS=num_heads, GROUP=num_heads // num_kv, SPLITS=splits, BLOCK=BLOCK, E=HEAD_WIDTH,
-        SECOND=second, STAGES=STAGES, num_warps=WARPS,
+        HEADS=num_heads, GROUP=num_heads // num_kv, SPLITS=splits, BLOCK=block, E=HEAD_WIDTH,
+        SECOND=second, STAGES=STAGES, num_warps=warps, **early_launch(),
     )  # fmt: skip
     if splits > 1:
-        _combine_kernel[(batch_size * num_heads,)](partial, out, SPLITS=splits, E=HEAD_WIDTH)
+        _combine_kernel[(batch_size * num_heads,)](
+            partial, out, SPLITS=splits, E=HEAD_WIDTH, **early_launch()
+        )
     return out
 
 
@@ -53,11 +74,12 @@ def _attend_kernel(
     write_ptr, rope_ptr, first_end_ptr, second_start_ptr, second_end_ptr,
     q_stride, k_stride, v_stride, cache_stride_b, cache_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    E: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr,
+    E: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query head of one sequence, one share of the rows; share 0 also takes the own row.
 
     Whatever does not depend on another load is loaded first: with few rows, the time is latency.
+    Rows of the cache but the own one are older than the kernel before this.
     """
     head = tl.program_id(0) % HEADS
     split = 0 if SPLITS == 1 else tl.program_id(1)
@@ -68,6 +90,18 @@ def _attend_kernel(
     rope_id = tl.load(rope_ptr + b)
     write = tl.load(write_ptr + b)
     first_end = tl.load(first_end_ptr + b).to(tl.int32)
+    cos = tl.load(cos_ptr + rope_id * (E // 2) + e % (E // 2))
+    sin = tl.load(sin_ptr + rope_id * (E // 2) + e % (E // 2))
+    sin = tl.where(e < E // 2, -sin, sin)
+    keys_ptr += b * cache_stride_b + kv_head * cache_stride_h
+    values_ptr += b * cache_stride_b + kv_head * cache_stride_h
+    share = tl.cdiv(tl.cdiv(first_end, SPLITS), BLOCK) * BLOCK
+    start = split * share
+    end = tl.minimum(start + share, first_end)
+    tile = _load_tile(keys_ptr, values_ptr, start, end, write, BLOCK, E)
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     q_ptr += b * q_stride + head * E
     k_ptr += b * k_stride + kv_head * E
     q = tl.load(q_ptr + e).to(tl.float32)
@@ -75,16 +109,10 @@ def _attend_kernel(
     k = tl.load(k_ptr + e).to(tl.float32)
     k_other = tl.load(k_ptr + other).to(tl.float32)
     v = tl.load(v_ptr + b * v_stride + kv_head * E + e)
-    cos = tl.load(cos_ptr + rope_id * (E // 2) + e % (E // 2))
-    sin = tl.load(sin_ptr + rope_id * (E // 2) + e % (E // 2))
-    sin = tl.where(e < E // 2, -sin, sin)
     dtype = keys_ptr.dtype.element_ty
     q = (q * cos + q_other * sin).to(dtype).to(tl.float32)
     q *= 1.4426950408889634 / tl.sqrt(E * 1.0)  # scale, and log2(e) for exp2
     k = (k * cos + k_other * sin).to(dtype)
-    keys_ptr += b * cache_stride_b + kv_head * cache_stride_h
-    values_ptr += b * cache_stride_b + kv_head * cache_stride_h
-
     if split == 0:
         tl.store(keys_ptr + write * E + e, k)
         tl.store(values_ptr + write * E + e, v)
@@ -95,11 +123,9 @@ def _attend_kernel(
         best = -1e30  # not -inf: a tile may hold no row but the skipped one
         total = 0.0
         acc = tl.zeros([E], tl.float32)
-    share = tl.cdiv(tl.cdiv(first_end, SPLITS), BLOCK) * BLOCK
-    start = split * share
-    end = tl.minimum(start + share, first_end)
+    best, total, acc = _attend_tile(q, *tile, best, total, acc)
     best, total, acc = _attend_rows(
-        q, keys_ptr, values_ptr, start, end, write, best, total, acc, BLOCK, E, STAGES
+        q, keys_ptr, values_ptr, start + BLOCK, end, write, best, total, acc, BLOCK, E, STAGES
     )
     if SECOND:
         if split == 0:
@@ -125,26 +151,42 @@ def _attend_rows(
     """Online softmax over cache rows start .. end - 1 without row `skip`, which the query itself
     is writing; reads nothing past them.
     """
-    e = tl.arange(0, E)
     for low in tl.range(start, end, BLOCK, num_stages=STAGES):
-        row = low + tl.arange(0, BLOCK)
-        inside = (row < end) & (row != skip)
-        k = tl.load(keys_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
-        v = tl.load(values_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
-        score = tl.sum(k.to(tl.float32) * q, axis=1)
-        score = tl.where(inside, score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score))
-        weight = tl.exp2(score - new_best)
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weight)
-        acc = acc * shrink + tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
-        best = new_best
+        tile = _load_tile(keys_ptr, values_ptr, low, end, skip, BLOCK, E)
+        best, total, acc = _attend_tile(q, *tile, best, total, acc)
     return best, total, acc
 
 
 @triton.jit
-def _combine_kernel(partial_ptr, out_ptr, SPLITS: tl.constexpr, E: tl.constexpr):
+def _load_tile(keys_ptr, values_ptr, low, end, skip, BLOCK: tl.constexpr, E: tl.constexpr):
+    """Keys and values (rows, e), zeros where `inside` (rows,) is false."""
+    row, e = low + tl.arange(0, BLOCK), tl.arange(0, E)
+    inside = (row < end) & (row != skip)
+    k = tl.load(keys_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
+    v = tl.load(values_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
+    return k, v, inside
+
+
+@triton.jit
+def _attend_tile(q, k, v, inside, best, total, acc):
+    score = tl.sum(k.to(tl.float32) * q, axis=1)
+    score = tl.where(inside, score, float("-inf"))
+    new_best = tl.maximum(best, tl.max(score))
+    weight = tl.exp2(score - new_best)
+    shrink = tl.exp2(best - new_best)
+    total = total * shrink + tl.sum(weight)
+    acc = acc * shrink + tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
+    return new_best, total, acc
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, out_ptr, SPLITS: tl.constexpr, E: tl.constexpr, EARLY: tl.constexpr
+):
     """Merge the shares of one head by their maxima and sums."""
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     e, split = tl.arange(0, E), tl.arange(0, SPLITS)
     partial_ptr += tl.program_id(0) * SPLITS * (E + 2)
     acc = tl.load(partial_ptr + split[:, None] * (E + 2) + e)
@@ -153,6 +195,38 @@ def _combine_kernel(partial_ptr, out_ptr, SPLITS: tl.constexpr, E: tl.constexpr)
     weight = tl.exp2(best - tl.max(best))  # an empty share has best = -1e30: weight 0
     out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight)
     tl.store(out_ptr + tl.program_id(0) * E + e, out.to(out_ptr.dtype.element_ty))
+
+
+def chunk_rows(
+    token: Tensor, row: Tensor, open_tokens: Tensor, growing: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put `token` into its open chunk and find the places of `row`, in one launch.
+
+    Reference: cat.chunk_rows_reference. token, row (b,) int64; open_tokens (b, c), changed in
+    place. Returns cache rows, ids of the rotation and numbers of the chunk that closes, (b,) each.
+    """
+    batch_size, chunk_size = open_tokens.shape
+    out = row.new_empty(3, batch_size)
+    _chunk_rows_kernel[(triton.cdiv(batch_size, 128),)](
+        token, row, open_tokens, out, batch_size, C=chunk_size, GROWING=growing, BLOCK=128
+    )
+    return tuple(out)
+
+
+@triton.jit
+def _chunk_rows_kernel(
+    token_ptr, row_ptr, open_ptr, out_ptr, batch_size,
+    C: tl.constexpr, GROWING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < batch_size
+    row = tl.load(row_ptr + b, mask=inside, other=1)
+    token = tl.load(token_ptr + b, mask=inside, other=0)
+    tl.store(open_ptr + b.to(tl.int64) * C + (row - 1) % C, token, mask=inside)
+    chunk, offset = row // C, row % C
+    tl.store(out_ptr + b, chunk + offset, mask=inside)
+    tl.store(out_ptr + batch_size + b, chunk + offset if GROWING else offset, mask=inside)
+    tl.store(out_ptr + 2 * batch_size + b, tl.maximum(chunk - 1, 0), mask=inside)
 
 
 def short_attention(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
@@ -351,16 +425,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     width = x.shape[1]
     _rms_norm_kernel[(len(x),)](
-        x, weight, out, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=4
-    )
+        x, weight, out, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        **early_launch(),
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     column = tl.arange(0, BLOCK)
     inside = column < width
     row = tl.program_id(0).to(tl.int64) * width  # a long prompt has over 2^31 numbers
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / width + eps)
@@ -372,15 +452,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of (b, 2 i), contiguous -> (b, i). Reference: F.silu(gate) * up."""
     width = gate_up.shape[1] // 2
     out = torch.empty(len(gate_up), width, dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu_kernel[(len(gate_up), triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024)
+    _swiglu_kernel[(len(gate_up), triton.cdiv(width, 1024))](
+        gate_up, out, width, BLOCK=1024, **early_launch()
+    )
     return out
 
 
 @triton.jit
-def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     gate = tl.load(gate_up_ptr + 2 * row * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + (2 * row + 1) * width + column, mask=inside, other=0.0)
     out = gate * tl.sigmoid(gate) * up.to(tl.float32)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 from cat_bench.architecture import Cost, Logits, Tokens
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
-from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, plain_block, rms_norm
+from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, norm_linear, plain_block
 
 
 class ForwardPath(nn.Module):
@@ -24,6 +25,7 @@ class ForwardPath(nn.Module):
 
     forward_path: str
     checkpoint_blocks: bool = False  # keep only the inputs of blocks for the backward pass
+    memory_budget: float = 1.0  # share that torch.compile may keep of what it would for backward
 
     def on_forward_path(self, run: Callable) -> Callable:
         """`run`, a block or a function of one, or what torch.compile makes of it.
@@ -34,7 +36,7 @@ class ForwardPath(nn.Module):
             return self.checkpointed(run)
         compiled = self.__dict__.setdefault("_compiled", {})
         if run not in compiled:
-            compiled[run] = torch.compile(run, dynamic=False)
+            compiled[run] = within_budget(torch.compile(run, dynamic=False), self.memory_budget)
         return self.checkpointed(compiled[run])
 
     def checkpointed(self, run: Callable) -> Callable:
@@ -42,6 +44,18 @@ class ForwardPath(nn.Module):
         if not (self.checkpoint_blocks and torch.is_grad_enabled()):
             return run
         return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+
+
+def within_budget(compiled: Callable, memory_budget: float) -> Callable:
+    """`compiled`, which is traced at its first call, with that budget for activations."""
+    if memory_budget == 1:
+        return compiled
+
+    def run(*args: Any, **options: Any) -> Any:
+        with functorch.patch(activation_memory_budget=memory_budget):
+            return compiled(*args, **options)
+
+    return run
 
 
 class LanguageModel(ForwardPath):
@@ -130,7 +144,7 @@ class Transformer(LanguageModel):
             rows, x = rows_of(position), self.embed(token)
             for block, keys, values in zip(self.blocks, buffers.keys, buffers.values, strict=True):
                 x = block_step(block, x, keys, values, rows, rope)
-            return self.head(rms_norm(x, self.norm))
+            return norm_linear(x, self.norm, self.head.weight)
 
         return CapturedStep(run, buffers.keys.shape[1], device, end=max_len)
 

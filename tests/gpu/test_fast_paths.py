@@ -73,11 +73,13 @@ def decoded(model: Architecture, tokens: Tensor, prompt_len: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())
-@pytest.mark.parametrize(("batch_size", "prompt_len"), [(3, 1), (3, 5), (3, 12), (40, 3)])
+@pytest.mark.parametrize(("batch_size", "prompt_len"), [(1, 5), (3, 1), (3, 5), (3, 12), (40, 3)])
 def test_float32_equals_eager(
     subject: Subject, path: str, batch_size: int, prompt_len: int
 ) -> None:
-    """Few and many sequences (rows split over programs or not), prompts on and off a boundary."""
+    """One sequence (kernels of its own), few and many (rows split over programs or not), prompts on
+    and off a boundary.
+    """
     eager, fast = pair(subject, path, "float32")
     tokens = subject.tokens(batch_size, prompt_len + NUM_STEPS).cuda()
     expected = decoded(eager, tokens, prompt_len)
