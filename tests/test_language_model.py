@@ -37,9 +37,11 @@ def test_checkpointing_keeps_gradients_and_fewer_activations(subject: Subject) -
 def test_the_compiler_sees_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only while it may trace: afterwards the setting is as before."""
     seen = []
-    monkeypatch.setattr(
-        torch, "compile", lambda run, dynamic: lambda x: seen.append(budget.activation_memory_budget)
-    )
+
+    def compile(run: object, dynamic: bool) -> object:
+        return lambda x: seen.append(budget.activation_memory_budget)
+
+    monkeypatch.setattr(torch, "compile", compile)
     before = budget.activation_memory_budget
     for memory_budget in (1.0, 0.5):
         path = ForwardPath()
