@@ -20,7 +20,7 @@ from cat_bench.graph import Rows
 
 BLOCK, WARPS = 32, 1  # cache rows a tile; the best or within 2 % of it on an H200
 SHORT_BLOCK, SHORT_WARPS = 128, 4  # where few programs have few rows: then time is latency
-SHORT_ROWS, FEW_PROGRAMS = 256, 512
+SHORT_ROWS, FEW_PROGRAMS = 256, 128
 STAGES = 2
 PROGRAMS_WANTED = 2048  # about 16 per multiprocessor of an H100 or H200; below it, split the rows
 
@@ -59,7 +59,7 @@ def decode_attention(
         q, k, v, keys, values, *rope, out, partial, *(rows if second else (*rows[:3], *rows[:2])),
         q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1),
         HEADS=num_heads, GROUP=num_heads // num_kv, SPLITS=splits, BLOCK=block, E=HEAD_WIDTH,
-        SECOND=second, STAGES=STAGES, num_warps=warps, **early_launch(),
+        SECOND=second, STAGES=STAGES, AHEAD=few, num_warps=warps, **early_launch(),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(batch_size * num_heads,)](
@@ -74,12 +74,14 @@ def _attend_kernel(
     write_ptr, rope_ptr, first_end_ptr, second_start_ptr, second_end_ptr,
     q_stride, k_stride, v_stride, cache_stride_b, cache_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    E: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    E: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query head of one sequence, one share of the rows; share 0 also takes the own row.
 
     Whatever does not depend on another load is loaded first: with few rows, the time is latency.
-    Rows of the cache but the own one are older than the kernel before this.
+    AHEAD: also the first tile, whose rows are older than the kernel before this; with many
+    programs the loop alone keeps more loads under way.
     """
     head = tl.program_id(0) % HEADS
     split = 0 if SPLITS == 1 else tl.program_id(1)
@@ -98,7 +100,8 @@ def _attend_kernel(
     share = tl.cdiv(tl.cdiv(first_end, SPLITS), BLOCK) * BLOCK
     start = split * share
     end = tl.minimum(start + share, first_end)
-    tile = _load_tile(keys_ptr, values_ptr, start, end, write, BLOCK, E)
+    if AHEAD:
+        tile = _load_tile(keys_ptr, values_ptr, start, end, write, BLOCK, E)
     if EARLY:
         gdc_wait()
         gdc_release()
@@ -123,9 +126,11 @@ def _attend_kernel(
         best = -1e30  # not -inf: a tile may hold no row but the skipped one
         total = 0.0
         acc = tl.zeros([E], tl.float32)
-    best, total, acc = _attend_tile(q, *tile, best, total, acc)
+    if AHEAD:
+        best, total, acc = _attend_tile(q, *tile, best, total, acc)
+        start += BLOCK
     best, total, acc = _attend_rows(
-        q, keys_ptr, values_ptr, start + BLOCK, end, write, best, total, acc, BLOCK, E, STAGES
+        q, keys_ptr, values_ptr, start, end, write, best, total, acc, BLOCK, E, STAGES
     )
     if SECOND:
         if split == 0:
@@ -241,7 +246,7 @@ def short_attention(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
     padded = max(16, triton.next_power_of_2(num_rows))
     _short_attention_kernel[(batch_size * num_heads,)](
         qkv, *rope, out, num_rows,
-        HEADS=num_heads, E=HEAD_WIDTH, ROWS=padded, num_warps=min(8, max(1, padded // 16)),
+        HEADS=num_heads, E=HEAD_WIDTH, ROWS=padded, num_warps=max(1, padded // 32),
     )  # fmt: skip
     return out
 

@@ -55,7 +55,7 @@ def test_linear_layers_of_one_row(num_outputs: int, width: int, dtype: torch.dty
         for mine, right in zip(got, expected, strict=True):
             assert error(mine[0], right) < BOUNDS[dtype]
         assert got[2] is into
-        normed_into = graph.add_linear_(before.to(dtype), one, weight, norm)
+        normed_into = graph.add_linear_(before.to(dtype, copy=True), one, weight, norm)
         assert error(normed_into[0], before[0] + normed_linear[row]) < BOUNDS[dtype]
 
 
