@@ -12,11 +12,12 @@ x / sqrt(sum x^2 + 1e-6), q then times 1 / sqrt(128). Output: o_proj(RMSNorm(o) 
 State: S, and the last 4 inputs of the convolutions, so it does not grow; a sliding layer adds a
 ring of `window` rows. S and its sums are float32 at least, so 4 bytes per element in bfloat16.
 
-Paths. Decoding: `cuda_graph` is our own kernels, S changed in place; `upstream` takes the kernels
-of flash-linear-attention (fla 0.6), which return S as a new tensor: copying it back doubles the
-bytes of a step. `upstream_graph` is the same, captured. Forward: `upstream` is what fla's own layer
-trains with; it multiplies float32 in TF32, and its backward raises on Hopper GPUs with Triton 3.4.0
-to 3.7.0, which compile it wrongly (fla issue 640).
+Paths. Decoding beyond `eager`: all read prompts on the kernels of flash-linear-attention (fla 0.6),
+with our fused kernels around them. They differ in the step of a token: `cuda_graph` is our own
+kernels, S changed in place; `upstream` takes fla's, which return S as a new tensor: copying it back
+doubles the bytes of a step. `upstream_graph` is the same, captured. Forward: `upstream` is what
+fla's own layer trains with; its backward raises on Hopper GPUs with Triton 3.4.0 to 3.7.0, which
+compile it wrongly (fla issue 640). fla's chunks multiply float32 in TF32.
 
 Names in flash-linear-attention's GatedDeltaNet: `blocks.i.mixer.X` is its `model.layers.i.attn.X`,
 one to one, shapes too: {q,k,v,a,b,g,o}_proj, {q,k,v}_conv1d (.weight), o_norm.weight, A_log,
@@ -48,7 +49,14 @@ from cat_bench.blocks import (
     swiglu_width,
 )
 from cat_bench.errors import UserError
-from cat_bench.graph import CapturedStep, block_step, finish_block, rms_norm
+from cat_bench.graph import (
+    CapturedStep,
+    block_step,
+    fast_block,
+    finish_block,
+    plain_block,
+    rms_norm,
+)
 from cat_bench.language_model import LanguageModel
 from cat_bench.window import (
     check_ring,
@@ -59,7 +67,7 @@ from cat_bench.window import (
 )
 
 PRESETS = {"gdn": {}, "gdn-h1": {"hybrid": True, "window": 512}}
-REQUIRES = {"cuda_graph": "triton", "upstream": "fla", "upstream_graph": "fla"}
+REQUIRES = {"cuda_graph": "fla", "upstream": "fla", "upstream_graph": "fla"}
 TINY = {"num_heads": 2, "key_width": 16, "value_width": 32}
 CHUNK = 64  # tokens that forward and prefill read at once: speed only, the results are the same
 
@@ -193,23 +201,21 @@ class Model(LanguageModel):
         rope = rope_table(torch.arange(start, end, device=tokens.device), c.rope_base)
         memories = zip(state.matrices, state.inputs, strict=True)
         rings = zip(state.keys, state.values, strict=True)
+        eager = self.decode_path == "eager"
+        read_delta, read_sliding = (
+            (read_block, plain_block) if eager else (fast_delta_block, fast_block)
+        )
         x = self.embed(tokens)  # (b, t, d)
         for block in self.blocks:
             if isinstance(block, DeltaBlock):
-                memory = Memory(*next(memories))
-                upstream = self.decode_path.startswith("upstream")
-                mixer = block.mixer.upstream if upstream else block.mixer
-                o, new = mixer(block.attn_norm(x), memory)
-                x = block.feed_forward(x, o)
-                memory.matrix.copy_(new.matrix)
-                memory.inputs.copy_(new.inputs)
+                x = read_delta(block, x, Memory(*next(memories)))
             else:
                 keys, values = next(rings)
 
                 def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
                     return ring_attention(q, k, v, keys, values, start, c.window)
 
-                x = block(x, rope, attend)
+                x = read_sliding(block, x, rope, attend)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
@@ -370,31 +376,45 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Read x (b, t, d) on top of `memory`; the memory given is not changed."""
-        c = self.config
-        q, k, v, inputs = self.convolved(x, memory.inputs)
+        o, memory = self.mix(*self.project(x), memory)
+        return self.o_proj(o), memory
+
+    def upstream(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory | None]:
+        """`forward` on fla's kernels. Without a memory: from the empty one, and none is returned."""
+        o, memory = self.mix_upstream(*self.project(x), memory)
+        return self.o_proj(o), memory
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (b, t, d) -> q, k, v in one (b, t, n), output gate (b, t, h e), a and b (b, t, h)."""
+        new = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        return new, self.g_proj(x), self.a_proj(x), self.b_proj(x)
+
+    def mix(
+        self, new: Tensor, gate: Tensor, a: Tensor, b: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        """What lies between `project` and `o_proj`: (b, t, h e), and the memory after it."""
+        c, dtype = self.config, new.dtype
+        q, k, v, inputs = self.convolved(new, memory.inputs)
         q, k = unit(q) / c.key_width**0.5, unit(k)
-        a, b = (self.a_proj(x), self.b_proj(x))  # (b, t, h)
         a, b, A_log, dt_bias = (part.to(q.dtype) for part in (a, b, self.A_log, self.dt_bias))
         log_decay = (-A_log.exp() * F.softplus(a + dt_bias)).transpose(1, 2)  # (b, h, t), <= 0
         beta = b.sigmoid().transpose(1, 2)  # (b, h, t)
-        rule = recurrent_delta_rule if x.shape[1] == 1 else chunked_delta_rule
+        rule = recurrent_delta_rule if new.shape[1] == 1 else chunked_delta_rule
         o, matrix = rule(q, k, v, log_decay, beta, memory.matrix)  # (b, h, t, e)
         o = F.rms_norm(o, o.shape[-1:], self.o_norm.weight.to(o.dtype), self.o_norm.eps)
-        gate = self.g_proj(x).unflatten(-1, (c.num_heads, -1)).to(o.dtype)  # (b, t, h, e)
-        o = (o.transpose(1, 2) * F.silu(gate)).flatten(2).to(x.dtype)
-        return self.o_proj(o), Memory(matrix, inputs)
+        gate = gate.unflatten(-1, (c.num_heads, -1)).to(o.dtype)  # (b, t, h, e)
+        return (o.transpose(1, 2) * F.silu(gate)).flatten(2).to(dtype), Memory(matrix, inputs)
 
-    def convolved(self, x: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def convolved(self, new: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k (b, h, t, p) and v (b, h, t, e) after convolution and SiLU, float32 at least; and
-        the last inputs of the convolutions.
+        the last inputs of the convolutions. new (b, t, n).
         """
         c = self.config
-        new = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)  # (b, t, n)
         seen = torch.cat([inputs, new], dim=1)  # (b, conv_width + t, n)
         kernel = torch.cat(self.kernels())  # (n, 1, conv_width), newest last
         out = F.silu(F.conv1d(seen[:, 1:].transpose(1, 2), kernel, groups=len(kernel)))  # (b, n, t)
         keys = c.num_heads * c.key_width
-        parts = out.to(at_least_float32(x.dtype)).split(
+        parts = out.to(at_least_float32(new.dtype)).split(
             [keys, keys, c.num_heads * c.value_width], 1
         )
         q, k, v = (part.unflatten(1, (c.num_heads, -1)).transpose(2, 3) for part in parts)
@@ -404,11 +424,13 @@ class GatedDeltaNet(nn.Module):
         """Of the convolutions of q, k and v: (h p, 1, conv_width) twice, (h e, 1, conv_width)."""
         return [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
 
-    def upstream(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory | None]:
-        """`forward` on fla's kernels, those that its own layer trains with, gates inside them.
+    def mix_upstream(
+        self, new: Tensor, gate: Tensor, a: Tensor, b: Tensor, memory: Memory | None
+    ) -> tuple[Tensor, Memory | None]:
+        """`mix` on fla's kernels, those that its own layer trains with, gates inside them.
 
-        Without a memory: from the empty one, and none is returned. On top of a memory, fewer than
-        CHUNK tokens go through the recurrence, which multiplies in float32 and has no backward.
+        On top of a memory, fewer than CHUNK tokens go through the recurrence, which multiplies in
+        float32 and has no backward.
         """
         from fla.modules.convolution import causal_conv1d
         from fla.modules.fused_norm_gate import rms_norm_gated
@@ -418,24 +440,22 @@ class GatedDeltaNet(nn.Module):
         )
 
         c = self.config
-        new = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)  # (b, t, n)
         past = None if memory is None else memory.inputs.mT.contiguous()  # (b, n, conv_width)
         kernel = torch.cat(self.kernels())[:, 0]
         qkv, _ = causal_conv1d(new, kernel, initial_state=past, activation="silu")
         keys = c.num_heads * c.key_width
         parts = qkv.split([keys, keys, c.num_heads * c.value_width], dim=-1)
         q, k, v = (part.unflatten(-1, (c.num_heads, -1)) for part in parts)  # (b, t, h, p or e)
-        short = memory is not None and x.shape[1] < CHUNK
+        short = memory is not None and new.shape[1] < CHUNK
         rule = fused_recurrent_gated_delta_rule if short else chunk_gated_delta_rule
         o, matrix = rule(
-            q, k, v, g=self.a_proj(x), beta=self.b_proj(x), A_log=self.A_log, dt_bias=self.dt_bias,
+            q, k, v, g=a, beta=b, A_log=self.A_log, dt_bias=self.dt_bias,
             initial_state=None if memory is None else memory.matrix,
             output_final_state=memory is not None,
             use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
-        gate = self.g_proj(x).unflatten(-1, (c.num_heads, -1))
-        o = rms_norm_gated(o, gate, self.o_norm.weight, None, eps=self.o_norm.eps)
-        o = self.o_proj(o.flatten(2))
+        gate = gate.unflatten(-1, (c.num_heads, -1))
+        o = rms_norm_gated(o, gate, self.o_norm.weight, None, eps=self.o_norm.eps).flatten(2)
         if memory is None:
             return o, None
         inputs = torch.cat([memory.inputs, new[:, -c.conv_width :]], dim=1)[:, -c.conv_width :]
@@ -495,23 +515,52 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- one cached step on kernels ------------------------------------------------------------------
+# --- a prompt and a cached step; but for the eager prompt inference only, x changed in place -------
 
 Rule = Callable[["GatedDeltaNet", Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def read_block(block: DeltaBlock, x: Tensor, memory: Memory) -> Tensor:
+    """A DeltaBlock for a segment of a prompt, x (b, t, d); `memory` moves on in place."""
+    o, after = block.mixer(block.attn_norm(x), memory)
+    remember(memory, after)
+    return block.feed_forward(x, o)
+
+
+def fast_delta_block(block: DeltaBlock, x: Tensor, memory: Memory) -> Tensor:
+    """The same on fla's kernels, and on ours around them."""
+    rows = x.flatten(0, 1)
+    parts = (part.unflatten(0, x.shape[:2]) for part in fast_projections(block, rows))
+    o, after = block.mixer.mix_upstream(*parts, memory)
+    remember(memory, after)
+    return finish_block(block, rows, o.flatten(0, 1)).view_as(x)
+
+
 def delta_block_step(block: DeltaBlock, x: Tensor, memory: Memory, rule: Rule) -> Tensor:
-    """A DeltaBlock for one token per sequence: x (b, d) and `memory` are changed in place."""
+    """The same for one token per sequence, x (b, d)."""
     from cat_bench import kernels
 
+    mixer = block.mixer
+    new, gate, a, b = fast_projections(block, x)
+    kernel = packed(mixer.kernels())[: new.shape[1], 0]
+    qkv = kernels.conv_step(new, memory.inputs, kernel, silu=True)
+    return finish_block(block, x, rule(mixer, qkv, gate, a, b, memory.matrix))
+
+
+def fast_projections(block: DeltaBlock, x: Tensor) -> list[Tensor]:
+    """`project(attn_norm(x))` in one matmul: x (rows, d) -> its parts, which are strided."""
     mixer, c = block.mixer, block.mixer.config
     names = "qkvgab"  # a and b last, for the alignment of the others
     weight = packed([getattr(mixer, f"{name}_proj").weight for name in names])
     n, values, heads = c.conv_channels, c.num_heads * c.value_width, c.num_heads
     sizes = [n, values, heads, heads, len(weight) - n - values - 2 * heads]
-    new, gate, a, b, _ = F.linear(rms_norm(x, block.attn_norm), weight).split(sizes, dim=-1)
-    qkv = kernels.conv_step(new, memory.inputs, packed(mixer.kernels())[:n, 0], silu=True)
-    return finish_block(block, x, rule(mixer, qkv, gate, a, b, memory.matrix))
+    *parts, _ = F.linear(rms_norm(x, block.attn_norm), weight).split(sizes, dim=-1)
+    return parts
+
+
+def remember(memory: Memory, after: Memory) -> None:
+    for old, new in zip(memory, after, strict=True):
+        old.copy_(new)
 
 
 def in_place_rule(

@@ -18,25 +18,30 @@ from cat_bench.blocks import Attend, attention, causal_attention
 from cat_bench.errors import require_cuda
 from cat_bench.graph import Rows
 
-MIN_QUERIES = 256  # queries in one attention call at least, so that small windows fill the device
+# Queries in one attention call: at least so many that small windows fill the device, at most so many
+# that the mask of a block stays small (38 MB at a window of 16,384).
+MIN_QUERIES, MAX_QUERIES = 512, 2048
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Attention of the last `t` rows over all rows (in order), each over `window` up to itself.
 
-    Blocks of queries, each with only the keys that it may see: the work grows with t, not t^2.
+    Blocks of queries, each with only the keys that it may see: the work grows with t, not t^2. The
+    first `window` rows of all see what causal attention lets them see, so they need no mask.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
-    if num_keys <= window:
-        return causal_attention(q, k, v)
-    size, outputs = max(window, MIN_QUERIES), []
-    for at in range(0, num_queries, size):
+    done, outputs = 0, []
+    if num_queries == num_keys:
+        done = min(window, num_queries)
+        outputs = [causal_attention(q[:, :, :done], k[:, :, :done], v[:, :, :done])]
+    size = min(max(window, MIN_QUERIES), MAX_QUERIES)
+    for at in range(done, num_queries, size):
         block = q[:, :, at : at + size]
         end = num_keys - num_queries + at + block.shape[2]
         first = max(0, end - block.shape[2] - window)  # window - 1 would do; kernels like it even
         mask = window_mask(block.shape[2], end - first, window, q.device)
         outputs.append(attention(block, k[:, :, first:end], v[:, :, first:end], mask))
-    return torch.cat(outputs, dim=2)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 @lru_cache(maxsize=4)

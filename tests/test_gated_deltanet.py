@@ -334,6 +334,11 @@ def decode_attention(q, k, v, keys, values, rows, rope) -> Tensor:
     return graph.decode_attention_reference(q, k, v, keys, values, rows).flatten(1)
 
 
+def rotate_(qkv: Tensor, num_heads: int, rope: tuple[Tensor, Tensor]) -> None:
+    heads = qkv.unflatten(-1, (-1, 64)).transpose(1, 2)[:, :num_heads]
+    heads.copy_(rotate(heads, rope))
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -358,11 +363,13 @@ def reference_kernels(monkeypatch) -> None:
         delta_step=graph.delta_step_reference,
         gated_rms_norm=graph.gated_rms_norm_reference,
         rms_norm=lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
+        rotate_=rotate_,
         swiglu=swiglu,
     )
     monkeypatch.setitem(sys.modules, "cat_bench.kernels", kernels)
     monkeypatch.setattr(cat_bench, "kernels", kernels, raising=False)
     monkeypatch.setattr(gdn, "CapturedStep", Uncaptured)
+    monkeypatch.setattr(gdn.GatedDeltaNet, "mix_upstream", gdn.GatedDeltaNet.mix)
 
 
 @pytest.mark.usefixtures("reference_kernels")

@@ -102,8 +102,9 @@ def test_forward_and_decoding_equal_the_equations(window: int) -> None:
 def test_blocks_of_queries_equal_one_query_at_a_time(
     window: int, past: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Block edges: blocks of 8 queries or of a window, the last one not full."""
+    """Block edges: blocks of 8 to 10 queries, the last one not full."""
     monkeypatch.setattr(window_module, "MIN_QUERIES", 8)
+    monkeypatch.setattr(window_module, "MAX_QUERIES", 10)  # fewer than the largest window
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 2, 1, past + 21, 64, generator=generator, dtype=torch.float64)
     got = window_module.window_attention(q[:, :, past:], k, v, window)
