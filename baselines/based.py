@@ -15,9 +15,11 @@ MQAR compares mixers); keys are cached rotated, so the ring needs no order. Line
 convolutions take none. Heads of window layers are 64 wide; `num_heads` splits the linear layers.
 State: the sums are kept in float32 at least, in a model of any dtype and under autocast; the rest
 in the model's dtype.
+Decode path cuda_graph: a token on Triton kernels, captured; a prompt with the eager linear
+attention, whose chunks are batched, between fused norms, SwiGLU, rotation and convolution.
 
 Shapes: b batch, t tokens, d width, h heads, e head width, f feature_dim, p features (1 + f + f^2),
-s cache rows, u channels of the convolution (2 d), i its kernel, c chunk, v words.
+s cache rows, u channels of the convolution (2 d), i its kernel, n chunks, c chunk, v words.
 Try it: cat-bench run efficiency -a based --quick
 """
 
@@ -36,6 +38,7 @@ from cat_bench.graph import (
     CapturedStep,
     Rows,
     block_step,
+    fast_block,
     finish_block,
     rms_norm,
     taylor_features,
@@ -50,7 +53,9 @@ PRESETS = {
 REQUIRES = {"cuda_graph": "triton", "upstream": "fla"}
 TINY = {"pattern": "clsl", "feature_dim": 4, "num_heads": 2}  # for the contract test
 Taylor = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k (b, h, t, f), v (b, h, t, e) -> as v
-CHUNK = 64  # tokens whose mutual weights are formed at once; changes no result
+# Tokens whose mutual weights are formed at once, and heads x tokens whose features are: time and
+# memory (2 GB in float32), not the result.
+CHUNK, BATCHED = 64, 2**18
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Model(LanguageModel):
         end = self._check_room(state, tokens.shape[1])
         call, x = self._call(state.num_tokens, tokens), self.embed(tokens)
         for layer, cache in zip(self.blocks, self._caches(state), strict=True):
-            x = layer(x, call, cache)
+            x = (layer if self.decode_path == "eager" else layer.fast)(x, call, cache)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
@@ -273,8 +278,9 @@ class Model(LanguageModel):
 class Layer(Block):
     """A Block with another mixer in the place of attention: `qkv` leads into it, `attn_out` out.
 
-    Every layer has `forward`, which reads any number of tokens, and `step`, which reads one on the
-    Triton kernels, in place. Each kind has its own `forward`, so that torch.compile counts their
+    Every layer has `forward`, which reads any number of tokens, `fast`, which reads a prompt on the
+    fused kernels, and `step`, which reads one token on them; the last two change x in place and
+    have no gradient. Each kind has its own `forward`, so that torch.compile counts their
     compilations apart.
     """
 
@@ -291,6 +297,12 @@ class Layer(Block):
         h = self.mlp_norm(x)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
+    def fast(self, x: Tensor, call: Call, cache: Any) -> Tensor:
+        rows = x.flatten(0, 1)
+        entered = self.enter_step(rows).unflatten(0, x.shape[:2])
+        y = self.fast_mix(entered, call, cache).flatten(0, 1)
+        return finish_block(self, rows, y).view_as(x)
+
     def enter_step(self, x: Tensor) -> Tensor:
         return self.qkv(rms_norm(x, self.attn_norm))
 
@@ -303,9 +315,12 @@ class LinearLayer(Layer):
         self.heads, self.parts = c.num_heads, [features, features, c.width]
 
     def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return self.leave(x, self.mix(self.enter(x), call, cache))
+
+    def mix(self, qkv: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         q, k, v = (  # (b, h, t, f) twice, (b, h, t, e)
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in self.enter(x).split(self.parts, dim=-1)
+            for part in qkv.split(self.parts, dim=-1)
         )
         if cache is None:
             y = call.taylor(q, k, v)
@@ -313,7 +328,9 @@ class LinearLayer(Layer):
             y, *after = taylor_attention(q, k, v, *cache)
             for old, new in zip(cache, after, strict=True):
                 old.copy_(new)
-        return self.leave(x, y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
+
+    fast_mix = mix
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
         from cat_bench import kernels
@@ -328,14 +345,14 @@ class WindowLayer(Block):
         self.window = config.window
 
     def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        if cache is None:
-            return super().forward(x, call.rope, call.attend)
-        keys, values = cache
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ring_attention(q, k, v, keys, values, call.start, self.window)
-
+        attend = call.attend if cache is None else self.ring(call, cache)
         return super().forward(x, call.rope, attend)
+
+    def fast(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor]) -> Tensor:
+        return fast_block(self, x, call.rope, self.ring(call, cache))
+
+    def ring(self, call: Call, cache: tuple[Tensor, Tensor]) -> Attend:
+        return lambda q, k, v: ring_attention(q, k, v, *cache, call.start, self.window)
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
         return block_step(self, x, *cache, rows, rope)
@@ -352,7 +369,10 @@ class ConvLayer(Layer):
         nn.init.uniform_(self.taps, -bound, bound)
 
     def forward(self, x: Tensor, call: Call, cache: Tensor | None = None) -> Tensor:
-        u, gate = self.enter(x).chunk(2, dim=-1)  # (b, t, u)
+        return self.leave(x, self.mix(self.enter(x), cache))
+
+    def mix(self, both: Tensor, cache: Tensor | None) -> Tensor:
+        u, gate = both.chunk(2, dim=-1)  # (b, t, u)
         num_new, kernel = u.shape[1], self.taps.shape[1]
         if cache is None:
             u = F.pad(u, (0, 0, kernel - 1, 0))  # zeros before the first token
@@ -362,7 +382,13 @@ class ConvLayer(Layer):
         y = u[:, :num_new] * self.taps[:, 0]
         for i in range(1, kernel):
             y = torch.addcmul(y, u[:, i : i + num_new], self.taps[:, i])
-        return self.leave(x, y * gate)
+        return y * gate
+
+    def fast_mix(self, both: Tensor, call: Call, cache: Tensor) -> Tensor:
+        from cat_bench import kernels
+
+        u, gate = both.chunk(2, dim=-1)
+        return kernels.conv_rows(u, cache, self.taps).mul_(gate)
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: Tensor) -> Tensor:
         from cat_bench import kernels
@@ -382,24 +408,51 @@ def taylor_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (b, h, t, f), v (b, h, t, e), sums before -> y (b, h, t, e), sums after.
 
-    Inside a chunk the weights themselves, 1 + s + s^2/2; across chunks their factors phi. Computed
-    in the dtype of the sums, whatever autocast says.
+    Computed in the dtype of the sums, whatever autocast says.
     """
-    dtype, f, parts = sum_dtype(v.dtype), q.shape[-1], []
+    dtype, f, at, parts = sum_dtype(v.dtype), q.shape[-1], 0, []
     if sums is None or norms is None:
         norms = v.new_zeros(*q.shape[:2], 1 + f + f * f, dtype=dtype)  # (b, h, p)
         sums = v.new_zeros(*norms.shape, v.shape[-1], dtype=dtype)  # (b, h, p, e)
-    chunks = (x.to(dtype).split(CHUNK, dim=2) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        for qc, kc, vc in zip(*chunks, strict=True):
-            s = qc @ kc.mT * f**-0.5
-            weights = (1 + s + s * s / 2).tril()  # (b, h, c, c)
-            phi_q, phi_k = taylor_features(qc), taylor_features(kc)  # (b, h, c, p)
-            y = weights @ vc + phi_q @ sums
-            norm = weights.sum(-1, keepdim=True) + phi_q @ norms[..., None]
-            parts.append(y / norm)
-            sums, norms = sums + phi_k.mT @ vc, norms + phi_k.sum(-2)
-    return torch.cat(parts, dim=2).to(v.dtype), sums, norms
+        for chunk, count in chunks(q.shape[2], q.shape[0] * q.shape[1]):
+            piece = slice(at, at + chunk * count)
+            chunked = (x[:, :, piece].to(dtype).unflatten(2, (-1, chunk)) for x in (q, k, v))
+            y, sums, norms = taylor_chunks(*chunked, sums, norms)
+            parts.append(y.flatten(2, 3).to(v.dtype))
+            at = piece.stop
+    return torch.cat(parts, dim=2), sums, norms
+
+
+def chunks(num_tokens: int, num_heads: int) -> list[tuple[int, int]]:
+    """(tokens in a chunk, chunks read together), front to back: full chunks, then what is left."""
+    full, rest = divmod(num_tokens, CHUNK)
+    most = max(1, BATCHED // (num_heads * CHUNK))
+    counts = [most] * (full // most) + [full % most]
+    return [(CHUNK, count) for count in counts if count] + [(rest, 1)] * (rest > 0)
+
+
+def taylor_chunks(
+    q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (b, h, n, c, f), v (b, h, n, c, e), sums before -> y (b, h, n, c, e), sums after.
+
+    Inside a chunk the weights themselves, 1 + s + s^2/2; across chunks their factors phi. One chunk
+    follows another in the running sums alone.
+    """
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    weights = (1 + s + s * s / 2).tril()  # (b, h, n, c, c)
+    phi_q, phi_k = taylor_features(q), taylor_features(k)  # (b, h, n, c, p)
+    sums = running(sums, phi_k.mT @ v)  # (b, h, n + 1, p, e): before each chunk, after the last
+    norms = running(norms, phi_k.sum(-2))  # (b, h, n + 1, p)
+    y = weights @ v + phi_q @ sums[:, :, :-1]
+    norm = weights.sum(-1, keepdim=True) + phi_q @ norms[:, :, :-1, :, None]
+    return y / norm, sums[:, :, -1], norms[:, :, -1]
+
+
+def running(start: Tensor, added: Tensor) -> Tensor:
+    """start (b, h, ...), added (b, h, n, ...) -> sums after 0 .. n chunks, (b, h, n + 1, ...)."""
+    return torch.cat([start[:, :, None], added], dim=2).cumsum(2)
 
 
 @lru_cache(maxsize=1)

@@ -380,7 +380,7 @@ class GatedDeltaNet(nn.Module):
         return self.o_proj(o), memory
 
     def upstream(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory | None]:
-        """`forward` on fla's kernels. Without a memory: from the empty one, and none is returned."""
+        """`forward` on fla's kernels. Without a memory: from the empty one; returns none."""
         o, memory = self.mix_upstream(*self.project(x), memory)
         return self.o_proj(o), memory
 
@@ -515,7 +515,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- a prompt and a cached step; but for the eager prompt inference only, x changed in place -------
+# --- a prompt and a cached step; all but read_block change x in place, without gradients ----------
 
 Rule = Callable[["GatedDeltaNet", Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -16,15 +16,16 @@ rounding, holds 25.61 MB and, since a step is bound by reading and writing S, ta
 long. The inputs of the convolution have the model's dtype; w = 4 of them are kept, as upstream
 does, although the next token needs three.
 
-Decode path cuda_graph: this project's own state update (kernels.ssm_step), which reads and writes S
-once and holds the gate; the prompt is read by the eager scan. Paths on the authors' kernels
-(mamba-ssm, Triton), each equal to the eager path but for rounding.
+Paths on the authors' kernels (mamba-ssm, Triton), each equal to the eager path but for rounding.
 Their scan multiplies float32 in TF32 and their softplus is log(1 + exp): 1e-3 off in float32.
     forward  upstream        what upstream trains with: convolution, scan, gate, norm and out_proj
                              as one autograd function; needs causal-conv1d too
-    decode   upstream        prompt: their chunked scan after PyTorch's convolution; token: their
-                             state update, between our convolution step and their gated norm
+    decode   upstream        prompt: their chunked scan, token: their state update, each between our
+                             convolution and their gated norm
              upstream_graph  the same, with the step of a token captured as one CUDA graph
+             cuda_graph      prompt: the same, but fewer than SHORT_PROMPT tokens on the eager scan,
+                             exact in float32; token: our own state update (kernels.ssm_step), which
+                             reads and writes S once and holds the gate, captured
 `upstream_generate` is mamba-ssm's whole model with its own loop, as a reference for ours.
 
 Shapes: b batch, t tokens, d width, i inner width (expand d), h heads, e head width, n d_state,
@@ -52,11 +53,12 @@ PRESETS = {
     "mamba2-32": {"d_state": 32},
     "mamba2-64": {"d_state": 64},
 }
-REQUIRES = {"cuda_graph": "triton", "upstream": "mamba_ssm", "upstream_graph": "mamba_ssm"}
+REQUIRES = {"cuda_graph": "mamba_ssm", "upstream": "mamba_ssm", "upstream_graph": "mamba_ssm"}
 TINY = {"headdim": 16}  # for the contract: 8 heads, and strides that causal-conv1d takes
 
 SCAN_CHUNK = 64  # tokens; moves the scan's time and memory, not its result
 UPSTREAM_CHUNK = 256  # the same of the authors' scan: their default
+SHORT_PROMPT = 64  # decode path cuda_graph reads fewer tokens than these with the eager scan
 UPSTREAM_ELEMENTS = 2**31 - 1  # their kernels address with 32 bits
 DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at initialisation
 A_RANGE = (1.0, 16.0)  # of -A at initialisation
@@ -165,10 +167,8 @@ class Model(LanguageModel):
         """
         if self.decode_path == "eager":
             return None
-        step = fused_step
-        if self.decode_path.startswith("upstream"):
-            import_mamba_ssm()
-            step = upstream_step
+        import_mamba_ssm()
+        step = fused_step if self.decode_path == "cuda_graph" else upstream_step
         rates = [decay_rates(block.mixer).detach() for block in self.blocks]
 
         @torch.no_grad()
@@ -196,7 +196,8 @@ class Model(LanguageModel):
 
     def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
         """Read `tokens` into the state; return the logits of the token after the last one."""
-        if not self.decode_path.startswith("upstream"):
+        short = self.decode_path == "cuda_graph" and tokens.shape[1] < SHORT_PROMPT
+        if short or self.decode_path == "eager":
             return self._read(tokens, state, chunked_scan)
         count = math.ceil(len(tokens) / self._upstream_batch(tokens.shape[1]))
         columns, matrices = (  # parts of equal size need the least memory at once
@@ -221,7 +222,7 @@ class Model(LanguageModel):
     def _read_upstream(self, tokens: Tensor, columns: Tensor, matrices: Tensor) -> Tensor:
         x = self.embed(tokens)  # (b, t, d)
         for block, *memory in zip(self.blocks, columns, matrices, strict=True):
-            x = x + upstream_read(block.mixer, block.norm(x), *memory)
+            x = upstream_read(block, x, *memory)
         return self.head(self.norm(x[:, -1]))
 
     def _upstream_batch(self, num_tokens: int) -> int:
@@ -423,20 +424,22 @@ def upstream_mixer(mixer: Mixer, u: Tensor) -> Tensor:
     )
 
 
-def upstream_read(mixer: Mixer, u: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:
-    """A layer over a segment of a prompt. u (b, t, d) -> (b, t, d); changes columns (b, w, m) and
-    matrix (b, h, e, n) in place.
+def upstream_read(block: Block, x: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:
+    """A block for a segment of a prompt: x (b, t, d), columns (b, w, m) and matrix (b, h, e, n) are
+    changed in place, x is returned.
     """
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    c = mixer.config
-    z, xbc, dt = mixer.in_proj(u).split(mixer.parts, dim=-1)
-    seen = torch.cat([columns, xbc], dim=1)  # (b, w + t, m)
-    columns.copy_(seen[:, -c.conv_width :])
-    xbc = F.silu(mixer.conv1d(seen[:, 1:].transpose(1, 2)).transpose(1, 2))  # (b, t, m)
-    x, key, query = xbc.split([c.inner_width, c.d_state, c.d_state], dim=-1)
+    from cat_bench import kernels
+
+    mixer, c, rows = block.mixer, block.mixer.config, x.flatten(0, 1)
+    parts = mixer.in_proj(rms_norm(rows, block.norm)).unflatten(0, x.shape[:2])
+    z, xbc, dt = parts.split(mixer.parts, dim=-1)
+    filters = mixer.conv1d.weight[:, 0]  # (m, w)
+    xbc = kernels.conv_rows(xbc, columns, filters, mixer.conv1d.bias, silu=True)
+    inner, key, query = xbc.split([c.inner_width, c.d_state, c.d_state], dim=-1)
     y, last = mamba_chunk_scan_combined(
-        x.unflatten(-1, (c.num_heads, c.headdim)),
+        inner.unflatten(-1, (c.num_heads, c.headdim)),
         dt,
         decay_rates(mixer),
         key[:, :, None],  # (b, t, one group, n)
@@ -449,7 +452,8 @@ def upstream_read(mixer: Mixer, u: Tensor, columns: Tensor, matrix: Tensor) -> T
         return_final_states=True,
     )
     matrix.copy_(last)
-    return mixer.out_proj(upstream_gate(mixer, y.flatten(2), z))
+    y = upstream_gate(mixer, y.flatten(2), z).flatten(0, 1)
+    return rows.addmm_(y, mixer.out_proj.weight.T).view_as(x)  # the residual rides in the matmul
 
 
 def fused_step(block: Block, x: Tensor, _: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:

@@ -158,6 +158,14 @@ def conv_step_reference(
     return F.silu(out) if silu else out
 
 
+def conv_rows_reference(
+    new: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """The same for any number of tokens, new (b, t, m) -> (b, t, m)."""
+    rows = [conv_step_reference(token, inputs, weight, bias, silu) for token in new.unbind(1)]
+    return torch.stack(rows, dim=1)
+
+
 def packed_gate_up(block: Block) -> Tensor:
     """w1 over w3 as one (2 I, d) matrix: one matmul instead of two, for no additional memory.
 
@@ -247,7 +255,8 @@ def taylor_features(x: Tensor) -> Tensor:
     s = q.k / sqrt(f). (..., f) -> (..., 1 + f + f^2).
     """
     x = x * x.shape[-1] ** -0.25
-    squares = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
+    half = x * 0.5**0.25  # before the product, which is f times larger
+    squares = (half[..., :, None] * half[..., None, :]).flatten(-2)
     return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)
 
 

@@ -425,6 +425,64 @@ def _conv_step_kernel(
     tl.store(out_ptr + row * channels + m, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+CONV_ROWS, CONV_CHANNELS = 32, 128  # a tile: each input is loaded once a tap, from the L1 cache
+
+
+def conv_rows(
+    new: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """`conv_step` for any number of tokens: one launch, then the window is moved on.
+
+    Reference: graph.conv_rows_reference. new (b, t, m), last dimension contiguous; inputs
+    (b, w, m), oldest first, changed in place to hold the last w inputs; weight (m, w), newest last;
+    bias (m,). Returns (b, t, m) in new's dtype; sums in float32.
+    """
+    batch_size, num_rows, channels = new.shape
+    out = torch.empty(new.shape, dtype=new.dtype, device=new.device)
+    tiles = triton.cdiv(num_rows, CONV_ROWS)
+    _conv_rows_kernel[(batch_size * tiles, triton.cdiv(channels, CONV_CHANNELS))](
+        new, inputs, weight, weight if bias is None else bias, out, num_rows, channels, tiles,
+        new.stride(0), new.stride(1), inputs.stride(0), inputs.stride(1), weight.stride(0),
+        WIDTH=inputs.shape[1], BIAS=bias is not None, SILU=silu,
+        ROWS=CONV_ROWS, BLOCK=CONV_CHANNELS,
+    )  # fmt: skip
+    width = inputs.shape[1]
+    inputs.copy_(torch.cat([inputs, new[:, -width:]], dim=1)[:, -width:])
+    return out
+
+
+@triton.jit
+def _conv_rows_kernel(
+    new_ptr, inputs_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, channels, tiles,
+    new_stride_b, new_stride_t, inputs_stride_b, inputs_stride_t, weight_stride,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one sequence, BLOCK channels; token -1 is the last row of the window."""
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (m < channels)[None, :]
+    new_ptr += b * new_stride_b + m[None, :]
+    inputs_ptr += b * inputs_stride_b + m[None, :]
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + m, mask=m < channels, other=0.0).to(tl.float32)[None, :]
+    for i in tl.static_range(WIDTH):
+        token = (row + (i - WIDTH + 1))[:, None]
+        told = (token >= 0) & (token < num_rows)
+        x = tl.load(new_ptr + token * new_stride_t, mask=inside & told, other=0.0).to(tl.float32)
+        old = inputs_ptr + (token + WIDTH) * inputs_stride_t
+        x += tl.load(old, mask=inside & (token < 0), other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + m * weight_stride + i, mask=m < channels, other=0.0)
+        total += x * weight.to(tl.float32)[None, :]
+    if SILU:
+        total *= tl.sigmoid(total)
+    out_ptr += (b * num_rows + row)[:, None] * channels + m[None, :]
+    here = inside & (row < num_rows)[:, None]
+    tl.store(out_ptr, total.to(out_ptr.dtype.element_ty), mask=here)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x * rsqrt(mean x^2 + eps) * weight, computed in float32. (b, d). Reference: F.rms_norm."""
     out = torch.empty_like(x)

@@ -18,8 +18,8 @@ from cat_bench.blocks import Attend, attention, causal_attention
 from cat_bench.errors import require_cuda
 from cat_bench.graph import Rows
 
-# Queries in one attention call: at least so many that small windows fill the device, at most so many
-# that the mask of a block stays small (38 MB at a window of 16,384).
+# Queries in one attention call: enough for small windows to fill the device, and not so many that
+# the mask of a block gets large (38 MB at a window of 16,384).
 MIN_QUERIES, MAX_QUERIES = 512, 2048
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import contract
 import pytest
+import reference_kernels
 import torch
 from torch import Tensor
 
@@ -107,6 +108,20 @@ def test_the_sums_carry_all_that_came_before(cut: int) -> None:
     assert_same(rest, whole[:, :, cut:])
     for got, expected in zip(state, last, strict=True):
         assert_same(got, expected)
+
+
+@pytest.mark.parametrize("batched", [1, 8, 24, 1000])
+def test_chunks_read_together_change_no_result(
+    batched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, one, three and all of the chunks of 4 tokens and 2 heads at a time."""
+    q, k, v = (normal(1, 2, 35, 4, seed=seed) for seed in (1, 2, 3))
+    expected = based.taylor_attention(q, k, v)
+    monkeypatch.setattr(based, "CHUNK", 4)
+    monkeypatch.setattr(based, "BATCHED", batched)
+    assert sum(size * count for size, count in based.chunks(35, 2)) == 35
+    for got, same in zip(based.taylor_attention(q, k, v), expected, strict=True):
+        assert_same(got, same)
 
 
 def test_autocast_leaves_the_sums_in_float32() -> None:
@@ -317,6 +332,23 @@ def test_more_tokens_than_the_state_holds_are_refused(window_cache: str) -> None
     _, state = contract.decode(model, tokens, [8], model.init_state(2, 9))
     with pytest.raises(ValueError, match="the state holds 9 tokens; token 10 was given"):
         model.step(tokens[:, 0], state)
+
+
+# Decode path cuda_graph, on the references of its kernels
+
+
+@pytest.mark.parametrize("window_cache", ["window", "max_len"])
+@pytest.mark.parametrize("segments", [(1,), (2, 1, 5), (70, 64, 1)])
+def test_fast_prompts_and_steps_equal_eager(
+    window_cache: str, segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference_kernels.install(monkeypatch, based)
+    model = make("clscl", window_cache=window_cache)
+    tokens = random_tokens(sum(segments) + 7)
+    expected, _ = contract.decode(model, tokens, segments)
+    monkeypatch.setattr(model, "decode_path", "cuda_graph")
+    got, _ = contract.decode(model, tokens, segments)
+    assert_same(got, expected, "prompts and steps")
 
 
 # Planted faults: the checks above and the contract see them

@@ -4,21 +4,18 @@ Sources: cat_spec.md 1.6 (parameters) and 5 (FLOPs, bytes), evaluation_spec.md 4
 """
 
 import dataclasses
-import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import contract
 import pytest
+import reference_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cat_bench
 from baselines import gated_deltanet as gdn
 from cat_bench import graph, spec, window
 from cat_bench.architecture import Architecture, build, generation_flops, make_config
-from cat_bench.blocks import rotate
 from cat_bench.errors import UserError
 
 SMALL = gdn.Config(width=64, num_layers=4, vocab_size=97, window=6, **gdn.TINY)
@@ -327,52 +324,13 @@ def test_reference_of_the_step_equals_the_rule(heads: int) -> None:
     torch.testing.assert_close(normed, expected)
 
 
-def decode_attention(q, k, v, keys, values, rows, rope) -> Tensor:
-    cos_sin = tuple(table[rows.rope_id][:, None] for table in rope)
-    q, k, v = (x.unflatten(-1, (-1, 64))[:, :, None] for x in (q, k, v))
-    q, k = rotate(q, cos_sin), rotate(k, cos_sin)
-    return graph.decode_attention_reference(q, k, v, keys, values, rows).flatten(1)
-
-
-def rotate_(qkv: Tensor, num_heads: int, rope: tuple[Tensor, Tensor]) -> None:
-    heads = qkv.unflatten(-1, (-1, 64)).transpose(1, 2)[:, :num_heads]
-    heads.copy_(rotate(heads, rope))
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-class Uncaptured:
-    """CapturedStep without a graph; it runs the step beforehand too, as capturing does."""
-
-    def __init__(self, run, batch_size: int, device: torch.device, end: int | None) -> None:
-        self.run = torch.no_grad()(run)
-        self(torch.zeros(batch_size, dtype=torch.int64), 0)
-
-    def __call__(self, token: Tensor, row: int) -> Tensor:
-        return self.run(token, torch.full_like(token, row))
-
-
 @pytest.fixture
-def reference_kernels(monkeypatch) -> None:
-    kernels = SimpleNamespace(
-        conv_step=graph.conv_step_reference,
-        decode_attention=decode_attention,
-        delta_step=graph.delta_step_reference,
-        gated_rms_norm=graph.gated_rms_norm_reference,
-        rms_norm=lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
-        rotate_=rotate_,
-        swiglu=swiglu,
-    )
-    monkeypatch.setitem(sys.modules, "cat_bench.kernels", kernels)
-    monkeypatch.setattr(cat_bench, "kernels", kernels, raising=False)
-    monkeypatch.setattr(gdn, "CapturedStep", Uncaptured)
+def on_references(monkeypatch) -> None:
+    reference_kernels.install(monkeypatch, gdn)
     monkeypatch.setattr(gdn.GatedDeltaNet, "mix_upstream", gdn.GatedDeltaNet.mix)
 
 
-@pytest.mark.usefixtures("reference_kernels")
+@pytest.mark.usefixtures("on_references")
 @pytest.mark.parametrize("subject", [SUBJECT, SUBJECT_H1], ids=lambda subject: subject.label)
 @pytest.mark.parametrize("segments", [(1,), (5,), (3, 8)])
 def test_graphed_step_equals_eager(subject: contract.Subject, segments: tuple[int, ...]) -> None:

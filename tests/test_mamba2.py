@@ -14,12 +14,13 @@ from pathlib import Path
 
 import contract
 import pytest
+import reference_kernels
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import cat_bench
 from baselines import mamba2
-from cat_bench import graph, spec
+from cat_bench import spec
 from cat_bench.architecture import Architecture, build, generation_flops, step_flops
 from cat_bench.errors import UserError
 from cat_bench.upstream import import_mamba_ssm
@@ -513,19 +514,44 @@ def test_bytes_of_a_step() -> None:
     assert round((weights.flops + state.flops) / 1e12, 2) == 0.23
 
 
-# --- the step of decode path cuda_graph, on the references of its kernels
+# --- decode path cuda_graph, on the references of its kernels
+
+
+def authors_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    initial_states: Tensor, **_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What mamba_chunk_scan_combined computes, by our own scan."""
+    dt = F.softplus(dt + dt_bias)
+    inputs = (dt[..., None] * x, dt * A, B[:, :, 0], C[:, :, 0], initial_states)
+    y, last = mamba2.chunked_scan(*(part.double() for part in inputs))
+    return y + D[:, None] * x, last
+
+
+@pytest.mark.parametrize("segments", [(4,), (1, 70, 65, 3), (64, 64)])
+def test_a_long_prompt_on_the_fast_paths_is_the_eager_one(
+    segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state goes from one way of reading to the other; S is handed over in float32."""
+    module = types.SimpleNamespace(mamba_chunk_scan_combined=authors_scan)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", module)
+    monkeypatch.setattr(mamba2, "upstream_gate", lambda mixer, y, z: mixer.norm(y * F.silu(z)))
+    monkeypatch.setattr(mamba2, "import_mamba_ssm", lambda: None)
+    reference_kernels.install(monkeypatch, mamba2)
+    model, tokens = tiny(), tokens_of(3, sum(segments) + 3)
+    expected, exact = contract.decode(model, tokens, segments)
+    monkeypatch.setattr(model, "decode_path", "cuda_graph")
+    got, state = contract.decode(model, tokens, segments)
+    contract.assert_same(got, expected, "logits", 1e-6)
+    contract.assert_same(state.matrices, exact.matrices, "S", 1e-6)
+    contract.assert_same(state.columns, exact.columns, "inputs of the convolution", 1e-6)
 
 
 @pytest.mark.parametrize("kept", ["model", "float32"])
 @torch.no_grad()
 def test_the_fused_step_is_the_eager_one(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five tokens on a state that is not empty; kernels.py itself needs Triton, so a stand-in."""
-    stand_in = types.SimpleNamespace(
-        conv_step=graph.conv_step_reference, ssm_step=graph.ssm_step_reference
-    )
-    monkeypatch.setitem(sys.modules, "cat_bench.kernels", stand_in)
-    monkeypatch.setattr(cat_bench, "kernels", stand_in, raising=False)
-    monkeypatch.setattr(mamba2, "rms_norm", lambda x, norm: norm(x))
+    """Five tokens on a state that is not empty."""
+    reference_kernels.install(monkeypatch, mamba2)
     model, tokens = tiny(state_dtype=kept), tokens_of(3, 9)
     _, state = model.prefill(tokens[:, :4], model.init_state(3, 9))
     expected, exact = contract.decode(model, tokens, [4])

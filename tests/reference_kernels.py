@@ -1,0 +1,73 @@
+"""The references of cat_bench.kernels under the kernels' own names: fast paths without a GPU.
+
+`install` puts them in the place of cat_bench.kernels, which needs Triton, and leaves the captured
+step of one architecture's module uncaptured.
+"""
+
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cat_bench
+from cat_bench import graph
+from cat_bench.blocks import Rope, rotate
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: graph.Rows, rope: Rope
+) -> Tensor:
+    cos_sin = tuple(table[rows.rope_id][:, None] for table in rope)
+    q, k, v = (x.unflatten(-1, (-1, 64))[:, :, None] for x in (q, k, v))
+    q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+    return graph.decode_attention_reference(q, k, v, keys, values, rows).flatten(1)
+
+
+def rotate_(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
+    heads = qkv.unflatten(-1, (-1, 64)).transpose(1, 2)[:, :num_heads]
+    heads.copy_(rotate(heads, rope))
+    return qkv
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class Uncaptured:
+    """CapturedStep without a graph; it runs the step beforehand too, as capturing does."""
+
+    def __init__(
+        self, run: Callable, batch_size: int, device: torch.device, end: int | None = None
+    ) -> None:
+        self.run = torch.no_grad()(run)
+        self(torch.zeros(batch_size, dtype=torch.int64), 0)
+
+    def __call__(self, token: Tensor, row: int) -> Tensor:
+        return self.run(token, torch.full_like(token, row))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    kernels = SimpleNamespace(
+        conv_rows=graph.conv_rows_reference,
+        conv_step=graph.conv_step_reference,
+        decode_attention=decode_attention,
+        delta_step=graph.delta_step_reference,
+        gated_rms_norm=graph.gated_rms_norm_reference,
+        rms_norm=rms_norm,
+        rotate_=rotate_,
+        ssm_step=graph.ssm_step_reference,
+        swiglu=swiglu,
+        taylor_step=graph.taylor_step_reference,
+    )
+    monkeypatch.setitem(sys.modules, "cat_bench.kernels", kernels)
+    monkeypatch.setattr(cat_bench, "kernels", kernels, raising=False)
+    monkeypatch.setattr(module, "CapturedStep", Uncaptured)
