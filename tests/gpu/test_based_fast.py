@@ -86,7 +86,8 @@ def test_taylor_step_equals_its_reference(
 
 @pytest.mark.parametrize("window_cache", ["window", "max_len"])
 @pytest.mark.parametrize(
-    ("batch_size", "prompt_len", "num_steps"), [(3, 1, 64), (3, 5, 300), (40, 200, 64)]
+    ("batch_size", "prompt_len", "num_steps"),
+    [(3, 1, 64), (3, 5, 300), (40, 200, 64), (1, 2000, 8)],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steps_equal_eager(

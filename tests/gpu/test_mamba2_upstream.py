@@ -140,10 +140,29 @@ def test_64_steps(path: str, d_state: int, kept: str, dtype: str, bound: float) 
         assert contract.relative_norm(own, reference) < bound
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("d_state", D_STATES)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("batch_size", "prompt_len"), [(3, 200), (1, 1100)])
+def test_steps_after_a_long_prompt(
+    path: str, d_state: int, dtype: str, bound: float, batch_size: int, prompt_len: int
+) -> None:
+    """Less than a chunk of the authors' scan, and more than four."""
+    eager, fast = models(dtype, d_state, decode_path=path)
+    tokens = tokens_of(batch_size, prompt_len + 16)
+    (got, state), (expected, exact) = (
+        contract.decode(m, tokens, [prompt_len]) for m in (fast, eager)
+    )
+    assert contract.relative_norm(got, expected) < bound
+    assert contract.relative_norm(state.matrices, exact.matrices) < bound
+    assert contract.relative_norm(state.columns, exact.columns) < bound
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("segments", [(1, 2, 3), (200,), (63, 1, 64), (256, 44), (299, 1)])
 @pytest.mark.parametrize("d_state", D_STATES)
-def test_prefill_in_segments(segments: tuple[int, ...], d_state: int) -> None:
-    eager, fast = models("float32", d_state, decode_path="upstream")
+def test_prefill_in_segments(segments: tuple[int, ...], d_state: int, path: str) -> None:
+    eager, fast = models("float32", d_state, decode_path=path)
     tokens = tokens_of(3, sum(segments) + 4)
     (got, state), (expected, exact) = (contract.decode(m, tokens, segments) for m in (fast, eager))
     assert contract.relative_norm(got, expected) < 1e-3
@@ -151,23 +170,25 @@ def test_prefill_in_segments(segments: tuple[int, ...], d_state: int) -> None:
     assert contract.relative_norm(state.columns, exact.columns) < 1e-3
 
 
-def test_large_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, fast = models("float32", 16, decode_path="upstream")
-    tokens = tokens_of(7, 40)
-    whole, _ = contract.decode(fast, tokens, [30])
-    monkeypatch.setattr(mamba2, "UPSTREAM_ELEMENTS", 3 * 256 * 256)
-    assert fast._upstream_batch(30) == 3
-    parts, _ = contract.decode(fast, tokens, [30])
+@pytest.mark.parametrize("path", PATHS)
+def test_large_prompts_are_read_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = models("float32", 16, decode_path=path)
+    tokens = tokens_of(7, 80)
+    whole, _ = contract.decode(fast, tokens, [70])
+    monkeypatch.setattr(mamba2, "UPSTREAM_ELEMENTS", 3 * 70 * sum(fast.blocks[0].mixer.parts))
+    assert fast._upstream_batch(70) == 3
+    parts, _ = contract.decode(fast, tokens, [70])
     assert contract.relative_norm(parts, whole) < 1e-5
 
 
-def test_float32_as_shipped() -> None:
+@pytest.mark.parametrize("path", ["cuda_graph", "upstream"])
+def test_float32_as_shipped(path: str) -> None:
     """In a process of its own, since compiled kernels stay: TF32 products, a bound of 2e-3."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_F32_DEFAULT"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "MAMBA_DETERMINISTIC": "1"}
     script = (
         "import contract, test_mamba2_upstream as own\n"
-        "eager, fast = own.models('float32', 128, decode_path='upstream')\n"
+        f"eager, fast = own.models('float32', 128, decode_path='{path}')\n"
         "logits = [contract.decode(m, own.tokens_of(3, 220), [200])[0] for m in (fast, eager)]\n"
         "print(contract.relative_norm(*logits))\n"
     )
