@@ -17,13 +17,13 @@ PACKAGES = (
     Package(
         "fla",
         "flash-linear-attention",
-        "upstream kernels of BASED and GatedDeltaNet",
+        "fast paths of GatedDeltaNet, upstream kernels of BASED",
         "pip install -e '.[cuda]'",
     ),
     Package(
         "mamba_ssm",
         "mamba-ssm",
-        "upstream kernels of Mamba2",
+        "fast paths of Mamba2",
         "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "
         "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1",
     ),
