@@ -1,7 +1,7 @@
-"""The references of cat_bench.kernels under the kernels' own names: fast paths without a GPU.
+"""The references of our kernels under the kernels' own names: fast paths without a GPU.
 
-`install` puts them in the place of cat_bench.kernels, which needs Triton, and leaves the captured
-step of one architecture's module uncaptured.
+`install` puts them in the place of cat_bench.kernels and cat_bench.vector_kernels, which need
+Triton, and leaves the captured step of one architecture's module uncaptured.
 """
 
 import sys
@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import cat_bench
 from cat_bench import graph
@@ -42,6 +42,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def vector_linear(
+    x: Tensor, weight: Tensor, norm: nn.RMSNorm | None = None, add_to: Tensor | None = None
+) -> Tensor:
+    out = F.linear(x if norm is None else norm(x), weight)
+    return out if add_to is None else add_to.add_(out)
+
+
+def vector_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
+    return swiglu(F.linear(norm(x), gate_up))
+
+
 class Uncaptured:
     """CapturedStep without a graph; it runs the step beforehand too, as capturing does."""
 
@@ -68,6 +79,8 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
         swiglu=swiglu,
         taylor_step=graph.taylor_step_reference,
     )
-    monkeypatch.setitem(sys.modules, "cat_bench.kernels", kernels)
-    monkeypatch.setattr(cat_bench, "kernels", kernels, raising=False)
+    vector_kernels = SimpleNamespace(linear=vector_linear, swiglu=vector_swiglu)
+    for name, stand_in in (("kernels", kernels), ("vector_kernels", vector_kernels)):
+        monkeypatch.setitem(sys.modules, f"cat_bench.{name}", stand_in)
+        monkeypatch.setattr(cat_bench, name, stand_in, raising=False)
     monkeypatch.setattr(module, "CapturedStep", Uncaptured)

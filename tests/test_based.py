@@ -338,13 +338,15 @@ def test_more_tokens_than_the_state_holds_are_refused(window_cache: str) -> None
 
 
 @pytest.mark.parametrize("window_cache", ["window", "max_len"])
-@pytest.mark.parametrize("segments", [(1,), (2, 1, 5), (70, 64, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "segments"), [(2, (1,)), (2, (2, 1, 5)), (2, (70, 64, 1)), (1, (1, 7))]
+)
 def test_fast_prompts_and_steps_equal_eager(
-    window_cache: str, segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    window_cache: str, batch_size: int, segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference_kernels.install(monkeypatch, based)
     model = make("clscl", window_cache=window_cache)
-    tokens = random_tokens(sum(segments) + 7)
+    tokens = random_tokens(sum(segments) + 7, batch_size)
     expected, _ = contract.decode(model, tokens, segments)
     monkeypatch.setattr(model, "decode_path", "cuda_graph")
     got, _ = contract.decode(model, tokens, segments)
