@@ -40,7 +40,7 @@ from cat_bench.graph import (
     block_step,
     fast_block,
     finish_block,
-    rms_norm,
+    norm_linear,
     taylor_features,
 )
 from cat_bench.language_model import LanguageModel
@@ -200,7 +200,7 @@ class Model(LanguageModel):
             rows, x = ring_rows(position, num_slots), self.embed(token)
             for layer, cache in zip(self.blocks, caches, strict=True):
                 x = layer.step(x, rows, rope, cache)
-            return self.head(rms_norm(x, self.norm))
+            return norm_linear(x, self.norm, self.head.weight)
 
         return CapturedStep(run, buffers.conv.shape[1], device, end=buffers.max_len)
 
@@ -304,7 +304,7 @@ class Layer(Block):
         return finish_block(self, rows, y).view_as(x)
 
     def enter_step(self, x: Tensor) -> Tensor:
-        return self.qkv(rms_norm(x, self.attn_norm))
+        return norm_linear(x, self.attn_norm, self.qkv.weight)
 
 
 class LinearLayer(Layer):

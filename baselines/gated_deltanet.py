@@ -54,8 +54,8 @@ from cat_bench.graph import (
     block_step,
     fast_block,
     finish_block,
+    norm_linear,
     plain_block,
-    rms_norm,
 )
 from cat_bench.language_model import LanguageModel
 from cat_bench.window import (
@@ -243,7 +243,7 @@ class Model(LanguageModel):
                     x = delta_block_step(block, x, Memory(*next(memories)), rule)
                 else:
                     x = block_step(block, x, *next(rings), rows, rope)
-            return self.head(rms_norm(x, self.norm))
+            return norm_linear(x, self.norm, self.head.weight)
 
         if self.decode_path != "upstream":
             return CapturedStep(run, batch_size, device, end=max_len if c.hybrid else None)
@@ -554,7 +554,7 @@ def fast_projections(block: DeltaBlock, x: Tensor) -> list[Tensor]:
     weight = packed([getattr(mixer, f"{name}_proj").weight for name in names])
     n, values, heads = c.conv_channels, c.num_heads * c.value_width, c.num_heads
     sizes = [n, values, heads, heads, len(weight) - n - values - 2 * heads]
-    *parts, _ = F.linear(rms_norm(x, block.attn_norm), weight).split(sizes, dim=-1)
+    *parts, _ = norm_linear(x, block.attn_norm, weight).split(sizes, dim=-1)
     return parts
 
 

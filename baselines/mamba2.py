@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.errors import UserError
-from cat_bench.graph import CapturedStep, rms_norm
+from cat_bench.graph import CapturedStep, add_linear_, norm_linear, rms_norm
 from cat_bench.language_model import LanguageModel
 from cat_bench.upstream import import_mamba_ssm
 
@@ -176,7 +176,7 @@ class Model(LanguageModel):
             x = self.embed(token)  # (b, d)
             for block, *memory in zip(self.blocks, rates, columns, matrices, strict=True):
                 x = step(block, x, *memory)
-            return self.head(rms_norm(x, self.norm))
+            return norm_linear(x, self.norm, self.head.weight)
 
         if self.decode_path == "upstream":
             return run
@@ -463,11 +463,11 @@ def fused_step(block: Block, x: Tensor, _: Tensor, columns: Tensor, matrix: Tens
     from cat_bench import kernels
 
     mixer = block.mixer
-    z, xbc, dt = mixer.in_proj(rms_norm(x, block.norm)).split(mixer.parts, dim=-1)
+    z, xbc, dt = norm_linear(x, block.norm, mixer.in_proj.weight).split(mixer.parts, dim=-1)
     filters = mixer.conv1d.weight[:, 0]  # (m, w)
     xbc = kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
     y = kernels.ssm_step(xbc, dt, z, mixer.A_log, mixer.dt_bias, mixer.D, matrix)
-    return x.addmm_(rms_norm(y, mixer.norm), mixer.out_proj.weight.T)
+    return add_linear_(x, y, mixer.out_proj.weight, mixer.norm)
 
 
 def upstream_step(
@@ -483,7 +483,7 @@ def upstream_step(
 
     mixer, c = block.mixer, block.mixer.config
     e, n = c.headdim, c.d_state
-    z, xbc, dt = mixer.in_proj(rms_norm(x, block.norm)).split(mixer.parts, dim=-1)
+    z, xbc, dt = norm_linear(x, block.norm, mixer.in_proj.weight).split(mixer.parts, dim=-1)
     filters = mixer.conv1d.weight[:, 0]  # (m, w)
     xbc = kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
     inner, key, query = xbc.split([c.inner_width, n, n], dim=-1)
@@ -499,7 +499,7 @@ def upstream_step(
         dt_softplus=True,
     )
     y = upstream_gate(mixer, y.flatten(1), z)
-    return x.addmm_(y, mixer.out_proj.weight.T)  # the residual rides in the matmul
+    return add_linear_(x, y, mixer.out_proj.weight)
 
 
 def upstream_gate(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:

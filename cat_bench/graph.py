@@ -90,7 +90,7 @@ def fast_block(block: Block, x: Tensor, rope: Rope, attend: Attend | None = None
     from cat_bench import kernels
 
     rows = x.flatten(0, 1)
-    qkv = F.linear(rms_norm(rows, block.attn_norm), block.qkv.weight).view(*x.shape[:2], -1)
+    qkv = norm_linear(rows, block.attn_norm, block.qkv.weight).view(*x.shape[:2], -1)
     if attend is None and block.q_norm is None and x.shape[1] <= MAX_SHORT:
         o = kernels.short_attention(qkv, block.num_heads, rope)
     elif block.q_norm is None and rope[0].dim() == 2:
