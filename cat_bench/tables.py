@@ -28,12 +28,14 @@ SAME_SETTING = [
     *SETTINGS,
 ]
 TRAINING_BYTES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+TRAINING_PARTS = ("forward_s", "backward_s", "optimizer_s")
 MEMORY_RATIOS = {
     "memory_ratio": "peak_bytes",
     "allocated_ratio": "peak_allocated_bytes",
     "state_ratio": "state_bytes",
 }
 MAX_LOOP_RATIO = 1.05  # our loop / upstream's own; above it: underserved (evaluation_spec.md 4.5)
+MAX_PARTS_GAP = 0.05  # forward + backward + optimizer against the whole training step
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 
 
@@ -393,7 +395,7 @@ TRAINING_COLUMNS = (
     Column("trained tok/s", ("tokens_per_s",), digits, max),
     Column("peak GiB", ("peak_bytes",), gib, min),
     Column("weights / grad / Adam GiB", TRAINING_BYTES, gibs),
-    Column("fwd / bwd / opt ms", ("forward_s", "backward_s", "optimizer_s"), milliseconds),
+    Column("fwd / bwd / opt ms", TRAINING_PARTS, milliseconds),
     Column("TFLOP", ("train_flops",), lambda flops: digits(flops / 1e12)),
     Column("MFU", ("mfu",), percent, max),
     Column("% of matmul", ("matmul_flops_ratio",), percent),
@@ -693,7 +695,21 @@ def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
         gap = row.get("step_sum_difference")
         if pd.notna(gap):
             found.append(f"warning: {name}: the instrumented steps add up to {100 * gap:+.1f} %.")
-    return (*found, *_slow_downs(rows), *_reference_drift(records))
+    return (*found, *disturbances(rows), *_slow_downs(rows), *_reference_drift(records))
+
+
+def disturbances(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A warning per training case whose parts, which are timed apart, do not sum to its step."""
+    if not {"train_step_s", *TRAINING_PARTS} <= set(rows):
+        return ()
+    sums = rows[list(TRAINING_PARTS)].sum(axis=1, min_count=len(TRAINING_PARTS))
+    disturbed = rows[(sums / rows["train_step_s"] - 1).abs() > MAX_PARTS_GAP]
+    return tuple(
+        f"warning: {row['label']}, batch {row['batch_size']}, length {row['seq_len']}: measured "
+        f"under disturbance: parts sum to {milliseconds(sums[index])} of "
+        f"{milliseconds(row['train_step_s'])} ms."
+        for index, row in disturbed.iterrows()
+    )
 
 
 def _slow_downs(rows: pd.DataFrame) -> list[str]:

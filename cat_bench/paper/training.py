@@ -82,7 +82,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         *NOTES,
         *tables.failures(rows),
     ]
-    notes += tables.foreign_dense(rows)
+    notes += [*tables.foreign_dense(rows), *tables.disturbances(rows)]
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
