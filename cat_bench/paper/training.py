@@ -80,6 +80,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         tables.TRAINING_DEFINITIONS[0],
         tables.TRAINING_DEFINITIONS[2],
         *NOTES,
+        *_curves.patterns(rows),
         *tables.failures(rows),
     ]
     notes += [*tables.foreign_dense(rows), *tables.disturbances(rows)]
