@@ -288,7 +288,7 @@ class Model(LanguageModel):
         weights = c.num_delta_layers * delta + c.num_sliding_layers * sliding
         weights += c.width * c.vocab_size
         delta_flops = 6 * c.num_delta_layers * c.num_heads * c.key_width * c.value_width
-        ring_flops = 4 * c.num_sliding_layers * c.width * min(c.window, num_tokens)
+        ring_flops = c.num_sliding_layers * self._ring_flops(num_tokens)
         return (
             Cost("weights", weights * self.head.weight.itemsize, 2 * batch_size * weights),
             Cost(
@@ -297,6 +297,14 @@ class Model(LanguageModel):
                 batch_size * (delta_flops + ring_flops),
             ),
         )
+
+    def pair_flops(self, batch_size: int, num_tokens: int) -> float:
+        others = max(0, self.config.num_sliding_layers - 1)  # the last block may be one of them
+        return batch_size * others * sum(self._ring_flops(n) for n in range(1, num_tokens))
+
+    def _ring_flops(self, num_tokens: int) -> int:
+        """Of one sliding layer, for token number `num_tokens`."""
+        return 4 * self.config.width * min(self.config.window, num_tokens)
 
 
 class DeltaBlock(nn.Module):

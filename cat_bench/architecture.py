@@ -95,6 +95,8 @@ class Architecture(Protocol):
         """Least bytes and FLOPs, part by part, of the step that reads token number `num_tokens`."""
         ...
 
+    # Optional: prefill_costs(batch_size, num_tokens), those of a prompt; see the function below.
+
 
 def full_label(label: str, config: Any, told: tuple[str, ...]) -> str:
     """`label`, and in brackets every field of `config` that differs from its default and that the
@@ -106,6 +108,15 @@ def full_label(label: str, config: Any, told: tuple[str, ...]) -> str:
         if field.name not in told and getattr(config, field.name) != field.default
     ]
     return f"{label} ({', '.join(changed)})" if changed else label
+
+
+def prefill_costs(model: Architecture, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
+    """Least bytes and FLOPs of reading a prompt of `num_tokens` into an empty state.
+
+    By the method of this name, which is optional: any `prefill` ends with what the step of the last
+    token does, so that step is the bound where it is missing.
+    """
+    return getattr(model, "prefill_costs", model.step_costs)(batch_size, num_tokens)
 
 
 def step_flops(model: Architecture, batch_size: int, num_tokens: int) -> float:

@@ -543,11 +543,39 @@ class Model(ForwardPath):
             ),
         ]
         if offset == 0:
-            blocks, proj = c.depth_c * linear_params(c.width), c.chunk_size * c.width * c.width_d
-            per_chunk = 2 * blocks * (c.chunk_size + 1) + 2 * proj
-            per_chunk += 4 * c.width * c.depth_c * (c.chunk_size + 1) ** 2
-            costs.append(Cost("compressor", (blocks + proj) * itemsize, batch_size * per_chunk))
+            costs.append(self._compressor_cost(batch_size))
         return tuple(costs)
+
+    def prefill_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
+        """As `prefill` does it: the compressor for every closed chunk at once, and a decoder row
+        per slot and token of the tail. The last row is a step's; the dummy's is equal everywhere.
+
+        Nobody reads what the last block makes of the rows before the last one, nor what the
+        compressor's last block makes of p_i.
+        """
+        c = self.config
+        num_chunks, offset = divmod(num_tokens, c.chunk_size)
+        rows = 1 + num_chunks + offset
+        weights, state, *_ = self.step_costs(batch_size, num_tokens)
+        block = linear_params(c.width_d, c.num_kv_heads)
+        rows_before = 1 + batch_size * (rows - 2)
+        pairs_before = batch_size * (rows * (rows - 1) // 2 - 1)  # the dummy sees itself alone
+        before = 2 * block * rows_before + 4 * c.width_d * pairs_before
+        costs = (weights, state, Cost("rows before", 0, (c.num_layers - 1) * before))
+        if num_chunks == 0:
+            return costs
+        compressor = self._compressor_cost(batch_size * num_chunks)
+        unread = 2 * batch_size * num_chunks * linear_params(c.width)
+        return (*costs, compressor._replace(flops=compressor.flops - unread))
+
+    def _compressor_cost(self, num_chunks: int) -> Cost:
+        """Of compressing so many chunks side by side."""
+        c = self.config
+        blocks, proj = c.depth_c * linear_params(c.width), c.chunk_size * c.width * c.width_d
+        per_chunk = 2 * blocks * (c.chunk_size + 1) + 2 * proj
+        per_chunk += 4 * c.width * c.depth_c * (c.chunk_size + 1) ** 2
+        itemsize = self.decoder.head.weight.itemsize
+        return Cost("compressor", (blocks + proj) * itemsize, num_chunks * per_chunk)
 
 
 def chunk_rows_reference(

@@ -23,6 +23,7 @@ from cat_bench.tables import (
     frame,
     latency_samples,
     measured,
+    name_of,
     percent,
     table,
     whole,
@@ -84,7 +85,7 @@ def _pairs(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> list[tuple]:
 
 
 def _compare(a: pd.Series, b: pd.Series, compare_case: Callable) -> dict[str, Any]:
-    line = {name: b[name] for name in ("label", "batch_size", "seq_len", "case")}
+    line = {"label": name_of(b), **{name: b[name] for name in ("batch_size", "seq_len", "case")}}
     line |= {"change": "-", "factor": None, "factor_low": None, "factor_high": None, "remark": ""}
     if a["status"] == "ok" and b["status"] != "ok":
         return line | {"mark": "!", "change": f"ok -> {b['status']}"}

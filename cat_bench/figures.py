@@ -88,6 +88,12 @@ LOOKS = {
     "Sparse": Look("#b8a800", ">", "--"),
     "Sparse-2D": Look("#b8a800", "h"),
     "Sliding": Look("#8c564b", "*"),
+    # Implementations of CAT's attention: paper/attention.py.
+    "fused": Look("#0072b2", "P"),
+    "two_part": Look("#56b4e9", "d"),
+    "flex_permuted": Look("#e69f00", "v"),
+    "flex_interleaved": Look("#d55e00", "D"),
+    "eager": Look("#cc79a7", "h", "--"),
 }
 SPARE_LOOKS = tuple(
     Look(color, marker, ":")

@@ -6,6 +6,7 @@ have width, num_layers, vocab_size and norm_eps; a block must have `init_weights
 Shapes: b batch, t tokens, d width, v vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -106,6 +107,28 @@ class LanguageModel(ForwardPath):
         """All of it: no token ids, and counters lie on the host."""
         return self.state_bytes(batch_size, seq_len)
 
+    def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
+        raise NotImplementedError
+
+    def prefill_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
+        """The step of the last token; of the tokens before it the matrices of all blocks but the
+        last, and `pair_flops`. Nobody reads their logits, nor what the last block makes of them.
+
+        The state is written once. What a recurrence computes is left out: it has several forms.
+        """
+        last = self.step_costs(batch_size, num_tokens)
+        matrices = sum(cost.flops for cost in last if cost.part == "weights")
+        unread = (*self.head.parameters(), *self.blocks[-1].parameters())
+        matrices -= 2 * batch_size * sum(p.numel() for p in unread)
+        before = (num_tokens - 1) * max(0, matrices) + self.pair_flops(batch_size, num_tokens)
+        most = {"state": self.state_bytes(batch_size, num_tokens)}
+        once = (c._replace(num_bytes=min(c.num_bytes, most.get(c.part, math.inf))) for c in last)
+        return (*once, Cost("tokens before", 0, before))
+
+    def pair_flops(self, batch_size: int, num_tokens: int) -> float:
+        """Of the attention layers, what all blocks but the last do for all tokens but the last."""
+        return 0
+
 
 class Transformer(LanguageModel):
     """Blocks of attention and SwiGLU over rows of a cache: who sees whom is the subclass's.
@@ -162,6 +185,11 @@ class Transformer(LanguageModel):
         """Bytes of a key and a value of one token, in all layers."""
         kv_width = self.num_kv_heads * HEAD_WIDTH
         return 2 * self.config.num_layers * kv_width * self.head.weight.itemsize
+
+    def pair_flops(self, batch_size: int, num_tokens: int) -> float:
+        steps = (self.step_costs(batch_size, n) for n in range(1, num_tokens))
+        share = 1 - 1 / self.config.num_layers
+        return share * sum(state.flops for _, state in steps)
 
     def costs(self, batch_size: int, num_rows: int) -> tuple[Cost, ...]:
         """A step that sees `num_rows` rows: every matrix once, 2 FLOP per weight; 4 L D per row."""

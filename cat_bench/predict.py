@@ -15,7 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from cat_bench.architecture import Architecture, build, generation_flops, load_module, step_flops
+from cat_bench.architecture import (
+    Architecture,
+    build,
+    generation_flops,
+    load_module,
+    prefill_costs,
+    step_flops,
+)
 from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.profiler import Ceilings, weights_bytes
@@ -91,8 +98,9 @@ def _resolve(
         row["floor_s"] = train_flops(model, *shape) / device_ceilings.matmul_flops_per_s
         row["floor_source"] = device_ceilings.source
     elif case.device == "cuda" and device_ceilings:
-        row["floor_s"] = _floor_s(_key(case), *_shape(case), device_ceilings)
-        row["floor_source"] = device_ceilings.source
+        if case.new_tokens:  # suite attention runs no model
+            row["floor_s"] = _floor_s(_key(case), *_shape(case), device_ceilings)
+            row["floor_source"] = device_ceilings.source
     elif case.device == "cuda":
         row["warnings"].append(
             f"No lower bounds: the ceilings of this GPU are unknown "
@@ -178,14 +186,28 @@ def assumed_ceilings(device_name: str | None) -> Ceilings | None:
 def generation_floor_s(
     model: Architecture, batch_size: int, prompt_len: int, seq_len: int, ceilings: Ceilings
 ) -> float:
-    """The least seconds of a generation: per step, the sum over parts of the slower of reading and
-    computing (evaluation_spec.md 4.3). The prefill counts as the step that reads its last token.
+    """The least seconds of a generation: that of its prompt, and per step the sum over parts of the
+    slower of reading and computing (evaluation_spec.md 4.3).
     """
     read, rate = ceilings.read_bandwidth_bytes_per_s, ceilings.matmul_flops_per_s
-    return sum(
+    steps_s = sum(
         max(cost.num_bytes / read, cost.flops / rate)
-        for n in range(prompt_len, seq_len)
+        for n in range(prompt_len + 1, seq_len)
         for cost in model.step_costs(batch_size, n)
+    )
+    return prompt_floor_s(model, batch_size, prompt_len, ceilings) + steps_s
+
+
+def prompt_floor_s(
+    model: Architecture, batch_size: int, prompt_len: int, ceilings: Ceilings
+) -> float:
+    """The least seconds of a prefill: the slower of moving all its bytes and computing all its
+    FLOPs. A prompt's parts may overlap: keys are written while the next ones are computed.
+    """
+    costs = prefill_costs(model, batch_size, prompt_len)
+    return max(
+        sum(cost.num_bytes for cost in costs) / ceilings.read_bandwidth_bytes_per_s,
+        sum(cost.flops for cost in costs) / ceilings.matmul_flops_per_s,
     )
 
 

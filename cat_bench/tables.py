@@ -27,13 +27,18 @@ SAME_SETTING = [
     *("suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"),
     *SETTINGS,
 ]
+NOT_GENERATING = ("training", "attention")  # suites without decode path, prompt and steps
 TRAINING_BYTES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+TRAINING_PARTS = ("forward_s", "backward_s", "optimizer_s")
 MEMORY_RATIOS = {
     "memory_ratio": "peak_bytes",
     "allocated_ratio": "peak_allocated_bytes",
     "state_ratio": "state_bytes",
 }
+ATTENTION_SIZES = ("num_layers", "compressor_layers", "vocab_size")
+HEAD_WIDTH = 64
 MAX_LOOP_RATIO = 1.05  # our loop / upstream's own; above it: underserved (evaluation_spec.md 4.5)
+MAX_PARTS_GAP = 0.05  # forward + backward + optimizer against the whole training step
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 
 
@@ -81,6 +86,10 @@ def milliseconds(*seconds: float) -> str:
     return " / ".join(digits(1000 * value) for value in seconds)
 
 
+def teraflops(*rates: float) -> str:
+    return " / ".join(digits(rate / 1e12) for rate in rates)
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
@@ -88,6 +97,10 @@ def percent(share: float) -> str:
 def with_interval(value: float, low: float, high: float) -> str:
     """Fewer than 3 samples have no interval (stats.py): then the value stands alone."""
     return digits(value) if math.isnan(low) else f"{digits(value)} [{digits(low)}, {digits(high)}]"
+
+
+def milliseconds_with_interval(value: float, low: float, high: float) -> str:
+    return with_interval(1000 * value, 1000 * low, 1000 * high)
 
 
 def faster(ratio: float, low: float, high: float) -> str:
@@ -161,7 +174,7 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return rows
     rows = rows[~rows["settings"].map(is_reference)].reset_index(drop=True)
-    rows = _with_step_as_latency(_with_peak(_with_settings(rows)))
+    rows = _with_attention(_with_step_as_latency(_with_peak(_with_settings(rows))))
     if "latency_s.samples" in rows:
         rows = _with_intervals(rows)
         rows = _with_dense_ratios(rows)
@@ -180,13 +193,44 @@ def _with_settings(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_step_as_latency(rows: pd.DataFrame) -> pd.DataFrame:
-    """A training step is what is timed of a training case: ratios and `compare` work on it."""
-    for name in ("", ".samples"):
-        if f"train_step_s{name}" in rows:
-            steps = rows[f"train_step_s{name}"]
-            latency = rows.get(f"latency_s{name}", steps)
-            rows = rows.assign(**{f"latency_s{name}": latency.where(latency.notna(), steps)})
+    """What is timed of a case that generates nothing: ratios and `compare` work on it."""
+    for metric in ("train_step_s", "forward_backward_s"):
+        for name in ("", ".samples"):
+            if f"{metric}{name}" in rows:
+                steps = rows[f"{metric}{name}"]
+                latency = rows.get(f"latency_s{name}", steps)
+                rows = rows.assign(**{f"latency_s{name}": latency.where(latency.notna(), steps)})
     return rows
+
+
+def _with_attention(rows: pd.DataFrame) -> pd.DataFrame:
+    """Suite attention: implementation, heads, and labels without sizes that it does not depend on.
+
+    Tiny ones (scale smoke) go by their roles: the wider of two Dense is Dense-2D.
+    """
+    mine = rows["suite"] == "attention"
+    if not mine.any():
+        return rows
+    empty = pd.Series(math.nan, index=rows.index)
+    width, decoder_width = (
+        pd.to_numeric(rows.get(f"config.{name}", empty)) for name in ("width", "decoder_width")
+    )
+    name = rows["arch"].str.partition(":")[0]
+    heads = decoder_width.fillna(width * np.where(name == "cat", 2, 1)) / HEAD_WIDTH
+    implementation = [dict(map(tuple, s)).get("implementation", "") for s in rows["settings"]]
+    tiny = rows["scale"] == "smoke"
+    is_wide = tiny & (name == "dense") & (heads > heads[mine & (name == "dense")].min())
+    labels = rows["label"].map(_without_sizes).where(~tiny, rows["label"].str.partition(" (")[0])
+    labels = labels.mask(is_wide, "Dense-2D").where(mine, rows["label"])
+    return rows.assign(label=labels, heads=heads, implementation=implementation)
+
+
+def _without_sizes(label: str) -> str:
+    """A label without what the suite attention's own plan makes small."""
+    name, _, rest = label.partition(" (")
+    fields = filter(None, rest.removesuffix(")").split(", "))
+    kept = [field for field in fields if field.partition("=")[0] not in ATTENTION_SIZES]
+    return f"{name} ({', '.join(kept)})" if kept else name
 
 
 def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
@@ -393,7 +437,7 @@ TRAINING_COLUMNS = (
     Column("trained tok/s", ("tokens_per_s",), digits, max),
     Column("peak GiB", ("peak_bytes",), gib, min),
     Column("weights / grad / Adam GiB", TRAINING_BYTES, gibs),
-    Column("fwd / bwd / opt ms", ("forward_s", "backward_s", "optimizer_s"), milliseconds),
+    Column("fwd / bwd / opt ms", TRAINING_PARTS, milliseconds),
     Column("TFLOP", ("train_flops",), lambda flops: digits(flops / 1e12)),
     Column("MFU", ("mfu",), percent, max),
     Column("% of matmul", ("matmul_flops_ratio",), percent),
@@ -403,6 +447,22 @@ TRAINING_COLUMNS = (
     Column("first step s", ("compile_s",), digits),
     EFFICIENCY_COLUMNS[-1],
 )
+ATTENTION_COLUMNS = (
+    Column("architecture", ("label",), str),
+    Column("heads", ("heads",), whole),
+    Column("implementation", ("implementation",), str),
+    *EFFICIENCY_COLUMNS[1:3],
+    Column("forward ms", ("forward_s",), milliseconds, min),
+    Column(
+        "forward + backward ms [95 % CI]", ("latency_s", "latency_s_low", "latency_s_high"),
+        milliseconds_with_interval, min,
+    ),
+    Column("TFLOP/s", ("forward_flops_per_s", "forward_backward_flops_per_s"), teraflops),
+    Column("allocated GiB", ("peak_allocated_bytes",), gib, min),
+    Column("vs Dense", ("speedup", "speedup_low", "speedup_high"), faster),
+    Column("vs Dense-2D", ("speedup_2d", "speedup_2d_low", "speedup_2d_high"), faster),
+    Column("n", ("n",), whole),
+)  # fmt: skip
 UPSTREAM_COLUMNS = (
     Column("architecture", ("label",), str),
     Column("batch", ("batch_size",), whole),
@@ -442,7 +502,15 @@ TRAINING_DEFINITIONS = (
     "bfloat16 rate; % of matmul = over the matmul rate measured in the same process.",
     "vs Dense, vs Dense-2D = their median step / median step, same setting, 95 % interval.",
 )
+ATTENTION_DEFINITIONS = (
+    "Attention alone, of one layer, median of n; forward without gradients; TFLOP/s = of forward / "
+    "of forward + backward, useful pairs only.",
+    "allocated = most bytes in tensors beyond those held before q, k and v.",
+    "vs Dense, vs Dense-2D = forward + backward of their `causal` row / this one's, same batch and "
+    "length, 95 % interval: Dense has 16 heads at full size, Dense-2D 32, as CAT's decoder.",
+)
 KINDS = {
+    "attention": (ATTENTION_COLUMNS, ATTENTION_DEFINITIONS),
     "efficiency": (EFFICIENCY_COLUMNS, DEFINITIONS),
     "training": (TRAINING_COLUMNS, TRAINING_DEFINITIONS),
     "upstream": (UPSTREAM_COLUMNS, (LOOP_DEFINITION,)),
@@ -460,7 +528,7 @@ def run_table(run: store.Run) -> Table:
 
 
 def records_table(records: pd.DataFrame) -> Table:
-    """The efficiency or the training table; other suites get one column per metric."""
+    """The table of the suite, where all rows are of one of KINDS; else one column per metric."""
     rows = measured(records)
     if rows.empty:
         return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
@@ -473,10 +541,14 @@ def records_table(records: pd.DataFrame) -> Table:
     if timed and "latency_s" not in rows:  # nothing went well: statuses still need a column
         rows["latency_s"] = math.nan
     columns, definitions = OTHER_COLUMNS + _metric_columns(records), ()
+    by = ["batch_size", "seq_len"]
+    if suites == {"attention"}:  # of each architecture the best implementation
+        by.append("label")
     if timed:
         columns, definitions = KINDS[suites.pop()]
-    by = ["batch_size", "seq_len"]
     rows = dense_first(rows) if timed else rows
+    if "label" in by:  # batches shrink as lengths grow
+        rows = rows.sort_values("seq_len", kind="stable")
     made = table(rows, (*_distinguishing(rows), *columns), by)
     notes = (
         *definitions,
@@ -518,7 +590,7 @@ def details_of(rows: pd.DataFrame) -> Table | None:
     """`details_table` of rows that are measured and labelled already."""
     if not _has_generated(rows):
         return None
-    rows = rows[rows["suite"] != "training"]
+    rows = rows[~rows["suite"].isin(NOT_GENERATING)]
     several = rows["prompt_len"].nunique() > 1
     prompt = (Column("prompt", ("prompt_len",), whole),) if several else ()
     made = table(_with_step_statistics(dense_first(rows)), (*prompt, *DETAIL_COLUMNS))
@@ -575,10 +647,6 @@ def _step_statistics(row: pd.Series) -> dict[str, float]:
     return found
 
 
-def milliseconds_with_interval(value: float, low: float, high: float) -> str:
-    return with_interval(1000 * value, 1000 * low, 1000 * high)
-
-
 def _percentiles(title: str, kind: str) -> Column:
     return Column(title, tuple(f"{kind}_p{p}_s" for p in PERCENTILES), milliseconds)
 
@@ -626,6 +694,8 @@ def _distinguishing(rows: pd.DataFrame) -> list[Column]:
     """A column for each setting in which the rows of one table differ."""
     names = ("run", "decode_path", "forward_path", "dtype", "prompt_len", "seed", "weights")
     names += SETTINGS
+    if rows["suite"].isin(NOT_GENERATING).all():
+        names = tuple(name for name in names if name != "prompt_len")
     return [Column(name, (name,), str) for name in names if rows[name].nunique() > 1]
 
 
@@ -637,11 +707,11 @@ def _metric_columns(records: pd.DataFrame) -> tuple[Column, ...]:
 def _settings_line(rows: pd.DataFrame) -> list[str]:
     """What all rows share is said once, above the table; what differs is listed."""
     parts = [", ".join(dict.fromkeys(rows["dtype"]))]
-    generating = rows[rows["suite"] != "training"]
+    generating = rows[~rows["suite"].isin(NOT_GENERATING)]
     if len(generating):
         parts.append(", ".join(dict.fromkeys(generating["decode_path"])))
     forward_paths = list(dict.fromkeys(rows["forward_path"]))
-    if len(generating) < len(rows) or forward_paths != ["eager"]:
+    if "training" in set(rows["suite"]) or forward_paths != ["eager"]:
         parts.append(f"forward {', '.join(forward_paths)}")
     for name in SETTINGS:
         values = list(filter(None, dict.fromkeys(rows[name])))
@@ -658,10 +728,20 @@ def failures(rows: pd.DataFrame) -> tuple[str, ...]:
     """One note per case that failed, with the last line of its error, or is unsupported."""
     bad = rows[rows["status"].isin(["failed", "unsupported"])]
     return tuple(
-        f"{row.status}: {row.label}, batch {row.batch_size}, length {row.seq_len}: "
-        f"{_error_text(row.status, str(row.error or 'no message'))} (case {row.case})"
-        for row in bad.itertuples()
+        f"{row['status']}: {_case_name(row)}: "
+        f"{_error_text(row['status'], str(row['error'] or 'no message'))} (case {row['case']})"
+        for _, row in bad.iterrows()
     )
+
+
+def name_of(row: pd.Series) -> str:
+    """The label, and the implementation where the suite has several of one architecture."""
+    implementation = row.get("implementation")
+    return f"{row['label']} {implementation}" if implementation else row["label"]
+
+
+def _case_name(row: pd.Series) -> str:
+    return f"{name_of(row)}, batch {row['batch_size']}, length {row['seq_len']}"
 
 
 def _error_text(status: str, error: str) -> str:
@@ -682,7 +762,7 @@ def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
     """What makes numbers doubtful: drift of repeats or of the run, two clocks that disagree."""
     found = []
     for _, row in rows.iterrows():
-        name = f"{row['label']}, batch {row['batch_size']}, length {row['seq_len']}"
+        name = _case_name(row)
         samples = latency_samples(row)
         if len(samples) >= 3 and abs(stats.drift(samples)) > stats.MARGIN:
             found.append(f"warning: {name}: repeats drift by {100 * stats.drift(samples):+.1f} %.")
@@ -693,7 +773,20 @@ def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
         gap = row.get("step_sum_difference")
         if pd.notna(gap):
             found.append(f"warning: {name}: the instrumented steps add up to {100 * gap:+.1f} %.")
-    return (*found, *_slow_downs(rows), *_reference_drift(records))
+    return (*found, *disturbances(rows), *_slow_downs(rows), *_reference_drift(records))
+
+
+def disturbances(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A warning per training case whose parts, which are timed apart, do not sum to its step."""
+    if not {"train_step_s", *TRAINING_PARTS} <= set(rows):
+        return ()
+    sums = rows[list(TRAINING_PARTS)].sum(axis=1, min_count=len(TRAINING_PARTS))
+    disturbed = rows[(sums / rows["train_step_s"] - 1).abs() > MAX_PARTS_GAP]
+    return tuple(
+        f"warning: {_case_name(row)}: measured under disturbance: parts sum to "
+        f"{milliseconds(sums[index])} of {milliseconds(row['train_step_s'])} ms."
+        for index, row in disturbed.iterrows()
+    )
 
 
 def _slow_downs(rows: pd.DataFrame) -> list[str]:

@@ -22,9 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cat_bench import spec
-from cat_bench.architecture import DTYPES, Architecture, generation_flops, load_module
+from cat_bench.architecture import (
+    DTYPES,
+    Architecture,
+    generation_flops,
+    load_module,
+    prefill_costs,
+)
 from cat_bench.errors import UserError
 
 SEQ_LEN = 22  # tokens; a multiple of neither chunk size below, so the last chunk stays open
@@ -376,6 +384,25 @@ def check_step_costs(subject: Subject) -> None:
         read_one, read_two = (sum(cost.num_bytes for cost in costs) for costs in (one, two))
         assert 0 < read_one <= read_two <= 2 * read_one, "weights are read once for all rows"
     assert generation_flops(model, 1, 8) < generation_flops(model, 1, 16)
+
+
+def check_prefill_costs(subject: Subject) -> None:
+    """A bound never exceeds what a prefill multiplies, nor what the step of one token moves."""
+    model = subject.model("float32")
+    for num_tokens in PROMPTS[1:]:  # one token of a recurrence needs no matrix product
+        told = sum(cost.flops for cost in prefill_costs(model, 2, num_tokens))
+        counted = counted_flops(model, subject.tokens(2, num_tokens))
+        assert told <= counted, f"{num_tokens} tokens: {told} FLOPs told, {counted} done"
+    prompt, step = prefill_costs(model, 2, 1), model.step_costs(2, 1)
+    assert 0 < sum(cost.num_bytes for cost in prompt) <= sum(cost.num_bytes for cost in step)
+
+
+def counted_flops(model: Architecture, tokens: Tensor) -> int:
+    """Matrix products of one prefill, in the form in which attention has no kernel of its own."""
+    state = model.init_state(len(tokens), SEQ_LEN)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model.prefill(tokens, state)
+    return counter.get_total_flops()
 
 
 def check_declared_paths_and_label(subject: Subject) -> None:

@@ -1,17 +1,25 @@
-"""The attention suite: its plan, its counts of pairs, its layouts, its rows on a CPU."""
+"""The attention suite: its plan, counts of pairs, layouts and rows; the table and the exhibit."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
-from cat_bench import mask
+from cat_bench import compare, mask, spec, store, tables
 from cat_bench.architecture import build
-from cat_bench.case import Options
+from cat_bench.case import Case, Options, Record
 from cat_bench.chunk_attention import chunk_mask
 from cat_bench.errors import UserError
+from cat_bench.paper import _build
+from cat_bench.paper import attention as exhibit
 from cat_bench.predict import resolve
 from cat_bench.spec import parse
+from cat_bench.suites import attention
 from cat_bench.suites.attention import Shape, flex_layout, measure, plan
 
+GPU = {"gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0",
+       "command": "cat-bench run attention", "cpu_name": "A CPU", "cpu_cores": 2}  # fmt: skip
 CAT = "cat:chunk_size=4,width=64"
 
 
@@ -85,3 +93,111 @@ def test_rows_of_a_case(arch: str) -> None:
         assert rows["forward_backward_flops"].value == 14 * 64 * heads * 2 * pairs
         rate = rows["forward_flops"].value / rows["forward_s"].value
         assert rows["forward_flops_per_s"].value == pytest.approx(rate)
+
+
+# --- the table and the exhibit --------------------------------------------------------------------
+
+MADE_UP_MS = {"eager": 9.0, "two_part": 3.0, "fused": 1.5, "flex_interleaved": 6.0,
+              "flex_permuted": 2.0}  # fmt: skip
+
+
+def made_up(results: Path, cases: Sequence[Case], without: str = "") -> store.Run:
+    """Forward + backward of 1 ms (Dense), 2 ms (Dense-2D) and MADE_UP_MS at length 1024, growing
+    with the length; forward takes a quarter. `without`: an implementation that ran out of memory.
+    """
+    run = store.Run.create(results, "made-up", GPU, cases, resolve(list(cases)))
+    for case in cases:
+        name = dict(case.settings)["implementation"]
+        ms = MADE_UP_MS.get(name, 2.0 if "width=2048" in case.arch or "128" in case.arch else 1.0)
+        s = 1e-3 * ms * case.seq_len / 1024
+        rows = [
+            Record(case.key, "forward_s", s / 4, "s", [s / 4] * 5),
+            Record(case.key, "forward_flops_per_s", 1e14, "FLOP/s"),
+            Record(case.key, "forward_backward_s", s, "s", [s] * 5),
+            Record(case.key, "forward_backward_flops_per_s", 2e14, "FLOP/s"),
+            Record(case.key, "peak_allocated_bytes", s * 2**40, "bytes"),
+        ]
+        status = "oom" if name == without else "ok"
+        end = Record(case.key, "case", 1.0, "s", status=status)
+        run.append([*(rows if status == "ok" else []), end])
+    return run
+
+
+def test_show_names_implementations_heads_and_ratios_to_both_dense(tmp_path: Path) -> None:
+    cases = plan([], Options(device="cuda", seq_lens=(1024, 4096)))
+    run = made_up(tmp_path, cases, without="eager")
+    made = tables.run_table(run)
+    assert made.heading.endswith("bfloat16")  # no prompt, no decode path
+    assert list(made.text["length"]) == ["1024"] * 7 + ["4096"] * 7
+    text = made.text.set_index(["length", "architecture", "implementation"])
+    fused = text.loc["4096", "CAT-16", "fused"]
+    assert (fused["heads"], fused["batch"]) == ("32", "4")
+    assert (fused["forward ms"], fused["TFLOP/s"]) == ("1.50", "100 / 200")
+    assert fused["forward + backward ms [95 % CI]"] == "6.00 [6.00, 6.00]"
+    assert fused["vs Dense"] == "1.50x slower [1.50, 1.50]"
+    assert fused["vs Dense-2D"] == "1.33x faster [1.33, 1.33]"
+    assert text.loc["1024", "Dense-2D", "causal"]["vs Dense"] == "2.00x slower [2.00, 2.00]"
+    assert text.loc["1024", "Dense", "causal"]["heads"] == "16"
+    assert text.loc["1024", "CAT-16", "eager"]["forward ms"] == "oom"
+    best = made.best["forward + backward ms [95 % CI]"]
+    assert set(made.text.loc[best, "implementation"]) == {"fused"}  # of CAT's; Dense has one each
+
+
+def test_labels_keep_what_attention_depends_on(tmp_path: Path) -> None:
+    specs = [parse("cat:chunk_size=16,num_kv_heads=4"), parse("dense:width=512")]
+    run = made_up(tmp_path, plan(specs, Options(device="cuda", seq_lens=(1024,))))
+    text = tables.run_table(run).text
+    assert set(text["architecture"]) == {"CAT-16 (num_kv_heads=4)", "Dense (width=512)"}
+
+
+def test_tiny_rows_go_by_their_roles(tmp_path: Path) -> None:
+    run = made_up(tmp_path, plan([], Options(scale="smoke")))
+    text = tables.run_table(run).text.set_index(["architecture", "implementation"])
+    assert text.loc["Dense-2D", "causal"]["heads"] == "2"
+    assert text.loc["CAT-16", "two_part"]["vs Dense-2D"] == "1.50x slower [1.50, 1.50]"
+
+
+def test_two_runs_can_be_compared(tmp_path: Path) -> None:
+    cases = plan([parse("cat")], Options(device="cuda", seq_lens=(1024,)))
+    made = compare.compare_table(*(made_up(tmp_path, cases) for _ in range(2)))
+    assert set(made.text["mark"]) == {"~"} and "CAT-8 fused" in set(made.text["architecture"])
+
+
+def test_the_exhibit_plans_the_suites_own_cases() -> None:
+    cases = plan([], Options(device="cuda", scale="h100"))
+    assert {case.key for case in exhibit.plan("h100")} == {case.key for case in cases}
+    assert exhibit.TOKENS == attention.TOKENS["cuda"] and len(exhibit.plan("smoke")) == 3
+    assert {parse(name).name for name in exhibit.IMPLEMENTATIONS} <= set(attention.IMPLEMENTATIONS)
+    assert "attention" in [name for name, _ in spec.exhibits()]
+
+
+def test_the_exhibit_draws_a_line_per_implementation(tmp_path: Path) -> None:
+    cases = exhibit.plan("h100")
+    made_up(tmp_path, cases, without="eager")
+    built = _build.build(["attention"], "h100", tmp_path)
+    assert built.statuses[0].status == "done"
+    records = _build.find(_build.all_records(tmp_path)[0], cases).records
+    content = exhibit.render(records, (), "h100")
+    lines = {"Dense", "Dense-2D", *MADE_UP_MS} - {"eager"}
+    for axes in content.figure.axes:
+        assert {text.get_text() for text in axes.texts} == lines
+        assert axes.get_xscale() == "log"
+    assert content.figure.axes[0].get_yscale() == "log"
+    (table,) = content.tables
+    assert len(table.text) == len(cases) and "1.33x faster [1.33, 1.33]" in set(
+        table.text["vs Dense-2D"]
+    )
+    longest = content.plotted[content.plotted["seq_len"] == 65_536]
+    fused = longest[longest["implementation"] == "fused"].iloc[0]
+    assert fused["time_s"] == pytest.approx(fused["latency_s"] / 4)  # a call of 65,536 tokens
+
+
+def test_the_exhibit_of_a_failed_run_renders(tmp_path: Path) -> None:
+    cases = exhibit.plan("smoke")
+    run = store.Run.create(tmp_path, "failed", GPU, cases, resolve(cases))
+    for case in cases:
+        run.append([Record(case.key, "case", 1.0, "s", status="failed", error="no")])
+    _build.build(["attention"], "smoke", tmp_path)
+    records = _build.find(_build.all_records(tmp_path)[0], cases).records
+    (table,) = exhibit.render(records, (), "smoke").tables
+    assert any("CAT-16 two_part" in note for note in table.notes)

@@ -205,7 +205,8 @@ def test_repeats_can_be_asked_for() -> None:
 def test_one_new_token_has_no_decode_rows() -> None:
     rows = measured(tiny_case(DENSE, seq_len=6))
     assert rows["ttft_s"].samples == rows["latency_s"].samples  # the same thing, timed once
-    assert not {"decode_s", "tokens_per_s", "tpot_s", "step_s", "floor_s"} & set(rows)
+    assert not {"decode_s", "tokens_per_s", "tpot_s", "step_s"} & set(rows)
+    assert 0 < rows["latency_floor_ratio"].value < 1  # the floor of its prompt
 
 
 def test_two_new_tokens_have_one_step_and_no_rate() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from baselines import dense
 from cat_bench import blocks, cat
+from cat_bench.architecture import Cost, step_flops
 
 CAT, DENSE = contract.subjects_of("cat")[0], contract.subjects_of("dense")[0]
 
@@ -216,6 +217,14 @@ class DenseCostsOfOneRow(dense.Model):
         return super().step_costs(1, num_tokens)
 
 
+class DensePromptAsTraining(dense.Model):
+    """Counts the logits and the last block of every token, which a prefill may leave out."""
+
+    def prefill_costs(self, batch_size: int, num_tokens: int):
+        flops = sum(step_flops(self, batch_size, n) for n in range(1, num_tokens + 1))
+        return (Cost("prompt", 0, flops),)
+
+
 class DenseOtherPath(dense.Model):
     """Runs something else than it was asked for."""
 
@@ -253,6 +262,7 @@ FAULTS: dict[type, tuple[str, ...]] = {
     DenseRoughArithmetic: ("low_precision",),
     DenseMiscountedParameters: ("parameter_counts",),
     DenseCostsOfOneRow: ("step_costs",),
+    DensePromptAsTraining: ("prefill_costs",),
     DenseOtherPath: ("declared_paths_and_label",),
 }
 

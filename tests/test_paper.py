@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import figures, spec, store
+from cat_bench import figures, predict, spec, store
 from cat_bench.case import Case, Record
 from cat_bench.errors import UserError
 from cat_bench.paper import _build, _curves, _lines, _one_run, _published, _settings, crossover
 
 EXHIBITS = [f"table{n}" for n in range(1, 14)] + [f"fig{n}" for n in range(2, 9)]
-EXHIBITS += ["crossover", "training", "ttft"]  # our own
+EXHIBITS += ["attention", "crossover", "training", "ttft"]  # our own
 GPU = {"gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0",
        "command": "cat-bench paper fig3 --run", "cpu_name": "A CPU", "cpu_cores": 2}  # fmt: skip
 
@@ -26,10 +26,15 @@ def plan(name: str, scale: str = "h100") -> list[Case]:
 
 
 def measure(
-    results: Path, cases: list[Case], status: str = "ok", slower: float = 1.0, **environment
+    results: Path,
+    cases: list[Case],
+    status: str = "ok",
+    slower: float = 1.0,
+    resolved: dict | None = None,
+    **environment,
 ) -> store.Run:
     """A run that closes `cases` with made-up times: CAT twice as fast as Dense."""
-    run = store.Run.create(results, "made-up", {**GPU, **environment}, cases, {})
+    run = store.Run.create(results, "made-up", {**GPU, **environment}, cases, resolved or {})
     for case in cases:
         seconds = (
             slower * case.seq_len * case.batch_size / (2e5 if case.arch.startswith("cat") else 1e5)
@@ -106,6 +111,30 @@ def test_scale_h100_has_three_repeats_everywhere_and_the_others_the_rule_of_the_
             assert {c.settings for c in plan(name, scale)} == {()}
 
 
+def test_the_window_of_gdn_h1_is_half_the_length() -> None:
+    """cat_spec.md 1.7. At 1K, and with 8 new tokens after it, the case is the preset's."""
+    preset = spec.parse("gdn-h1").text
+    for name in ("fig3", "crossover", "training", "ttft"):
+        hybrids = {(c.seq_len, c.arch) for c in plan(name) if "hybrid=true" in c.arch}
+        assert {arch for seq_len, arch in hybrids if seq_len < 2048} == {preset}
+        for seq_len, arch in hybrids:
+            window = spec.parse(arch).overrides.get("window", 512)
+            assert window == seq_len // 1024 * 512
+    assert {c.seq_len for c in plan("fig3") if "window=2048" in c.arch} == {4096}
+
+
+def test_notes_tell_strides_and_windows(tmp_path) -> None:
+    cases = [c for c in plan("fig3") if not c.arch.startswith(("cat", "mamba2"))]
+    measure(tmp_path, cases, resolved=predict.resolve(cases))
+    records = _build.find(_build.all_records(tmp_path)[0], plan("fig3")).records
+    content = _build.exhibit("fig3").render(records, [], "h100")
+    assert content.tables[0].notes[-1] == (
+        "Stride and window, tokens: GDN-H1 window 512, 1024, 2048 (half the length); "
+        "BASED window 128; Sparse-2D stride 8; Sliding window 512."
+    )
+    assert "GDN-H1: window of half the length." in caption_of(content)
+
+
 def test_exhibits_share_cases_by_key() -> None:
     keys = {name: {c.key for c in plan(name)} for name in ("fig2", "fig3", "fig5", "table3")}
     assert keys["fig5"] < keys["fig2"] and keys["table3"] < keys["fig2"]
@@ -114,14 +143,15 @@ def test_exhibits_share_cases_by_key() -> None:
 
 def test_smoke_is_small_and_shares_no_case_with_another_scale() -> None:
     smoke = {c.key: c for name in EXHIBITS for c in plan(name, "smoke")}
-    assert 0 < len(smoke) <= 42
+    assert 0 < len(smoke) <= 45
     assert {(c.device, c.dtype, c.decode_path) for c in smoke.values()} == {
         ("cpu", "float32", "eager")
     }
     assert {c.batch_size for c in smoke.values()} <= {1, 4}
     assert {c.seq_len for c in smoke.values()} <= {32, 64}
     assert all("vocab_size=256" in c.arch for c in smoke.values())
-    deep = {c.arch.split(":")[0] for c in smoke.values() if "num_layers=2" not in c.arch}
+    models = [c for c in smoke.values() if c.suite != "attention"]  # which runs no model
+    deep = {c.arch.split(":")[0] for c in models if "num_layers=2" not in c.arch}
     assert deep <= {"based"}  # its depth is its pattern of layers
     assert not set(smoke) & {c.key for name in EXHIBITS for c in plan(name)}
     assert not {c.key for c in plan("fig2", "paper")} & {c.key for c in plan("fig2")}

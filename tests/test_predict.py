@@ -13,6 +13,7 @@ from cat_bench.errors import UserError
 from cat_bench.generate import new_state
 from cat_bench.profiler import Ceilings
 from cat_bench.spec import parse
+from cat_bench.suites import attention
 from cat_bench.suites.efficiency import plan
 
 TINY = ["dense:width=64,num_layers=2,vocab_size=96", "cat:chunk_size=4,width=64,num_layers=2"]
@@ -65,9 +66,60 @@ class Bill:
 
 
 def test_the_floor_adds_the_slower_of_reading_and_computing_part_by_part() -> None:
-    # Tokens 2, 3, 4 are read: 3 x 1000 / 10 for the weights, (2 + 3 + 4) x 100 / 5 for the state.
+    # Steps read tokens 3, 4: 2 x 1000 / 10 for the weights, (3 + 4) x 100 / 5 for the state. The
+    # prompt of 2 costs as token 2, and its parts may overlap: (1000 + 2) / 10, or (1 + 200) / 5.
     floor_s = predict.generation_floor_s(Bill(), 1, 2, 5, Ceilings(10, 5, "assumed"))
-    assert floor_s == pytest.approx(300 + 180)
+    assert floor_s == pytest.approx(200 + 140 + 100.2)
+
+
+CEILINGS = Ceilings(2.9e12, 800e12, "assumed")
+PROMPT = 32_768
+
+
+@pytest.mark.parametrize(
+    ("text", "tflops"),
+    [
+        # 2 x 11 blocks of 12.85 M a token, 4 x 11 x 1024 a pair: what a prefill cannot leave out.
+        ("dense", (2 * 11 * 12.845e6 * PROMPT + 4 * 11 * 1024 * PROMPT**2 / 2) / 1e12),
+        # 4,096 decoder rows of 51.38 M a block; as many chunks of 9 rows and the projection.
+        (
+            f"cat-8:max_len={PROMPT}",
+            4096 * (2 * 11 * 51.38e6 + 2 * (9 * 6 - 1) * 12.845e6 + 2 * 16.78e6) / 1e12
+            + (4 * 11 * 2048 * 4096**2 / 2 + 4096 * 4 * 6 * 1024 * 9**2) / 1e12,
+        ),
+        # Recurrences: the matrices of 23 of 24 layers (158.4 M without head), and no pairs.
+        ("mamba2", 2 * 158.4e6 * 23 / 24 * PROMPT / 1e12),
+    ],
+)
+def test_a_long_prompt_counts_all_that_a_prefill_must_compute(text: str, tflops: float) -> None:
+    model = build(parse(text), device="meta", dtype="bfloat16")
+    floor_s = predict.prompt_floor_s(model, 1, PROMPT, CEILINGS)
+    assert floor_s == pytest.approx(tflops / 800, rel=0.005)
+    whole_s = predict.generation_floor_s(model, 1, PROMPT, PROMPT + 1, CEILINGS)
+    assert whole_s == floor_s  # the first new token is the prefill's own
+
+
+def test_window_layers_of_a_hybrid_count_their_pairs() -> None:
+    short, long = (
+        build(parse(f"gdn-h1:window={window}"), device="meta", dtype="bfloat16")
+        for window in (512, 16_384)
+    )
+    floors_s = [predict.prompt_floor_s(model, 1, PROMPT, CEILINGS) for model in (short, long)]
+    pairs = 16_384 * (PROMPT - 16_384 / 2) - 512 * (PROMPT - 256)
+    assert floors_s[1] - floors_s[0] == pytest.approx(4 * 5 * 1024 * pairs / 800e12, rel=0.01)
+
+
+@pytest.mark.parametrize("text", ["dense", "cat-8", "mamba2", "based", "gdn", "sparse-2d"])
+def test_a_prompt_of_8_tokens_costs_about_one_step(text: str) -> None:
+    model = build(parse(text), device="meta", dtype="bfloat16")
+    step = model.step_costs(1, 8)
+    step_s = sum(max(c.num_bytes / 2.9e12, c.flops / 800e12) for c in step)
+    assert predict.prompt_floor_s(model, 1, 8, CEILINGS) == pytest.approx(step_s, rel=0.05)
+
+
+def test_a_case_without_new_tokens_has_no_floor() -> None:
+    (case, *_) = attention.plan([], Options(device="cuda", seq_lens=(1024,)))
+    assert predict.resolve([case], "NVIDIA H200")[case.key]["floor_s"] is None
 
 
 @pytest.mark.parametrize("chunk_size", [3, 8])

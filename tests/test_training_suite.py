@@ -235,8 +235,13 @@ def test_mfu_needs_a_known_gpu() -> None:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def made_up(results: Path, cases: list[Case], factor: float = 1.0) -> store.Run:
-    """A run in which CAT takes 3 s a step, Dense-2D 2 s and Dense 1 s, times `factor`."""
+def made_up(
+    results: Path, cases: list[Case], factor: float = 1.0, cat_parts: float = 1.0
+) -> store.Run:
+    """A run in which CAT takes 3 s a step, Dense-2D 2 s and Dense 1 s, times `factor`.
+
+    `cat_parts`: what the parts of CAT's step sum to, over the step; the others' to 0.96 of theirs.
+    """
     labels = {"cat": "CAT-8", "dense:width=2048": "Dense-2D", "dense": "Dense"}
     known = {c.key: labels.get(c.arch, labels[c.arch.split(":")[0]]) for c in cases}
     seconds = {"CAT-8": 3 * factor, "Dense-2D": 2 * factor, "Dense": factor}
@@ -244,6 +249,7 @@ def made_up(results: Path, cases: list[Case], factor: float = 1.0) -> store.Run:
     run = store.Run.create(results, "made-up", GPU, cases, resolved)
     for case in cases:
         s = seconds[known[case.key]]
+        parts_s = s * (cat_parts if case.arch.startswith("cat") else 0.96)
         rows = [
             Record(case.key, "train_step_s", s, "s", [s] * 5),
             Record(case.key, "tokens_per_s", 16_384 / s, "tokens/s", [16_384 / s] * 5),
@@ -251,6 +257,9 @@ def made_up(results: Path, cases: list[Case], factor: float = 1.0) -> store.Run:
             Record(case.key, "peak_reserved_bytes", s * 2**31, "bytes"),
             Record(case.key, "train_flops", s * 1e12, "FLOP"),
             Record(case.key, "mfu", 0.5, "1"),
+            Record(case.key, "forward_s", 0.4 * parts_s, "s"),
+            Record(case.key, "backward_s", 0.5 * parts_s, "s"),
+            Record(case.key, "optimizer_s", 0.1 * parts_s, "s"),
         ]
         run.append([*rows, Record(case.key, "case", 1.0, "s")])
     return run
@@ -270,6 +279,16 @@ def test_the_table_of_a_run_has_ratios_and_the_forward_path(tmp_path: Path) -> N
     assert text.loc["CAT-8", "vs Dense-2D"] == "1.50x slower [1.50, 1.50]"
     assert text.loc["Dense", "MFU"] == "50 %"
     assert tables.details_table(tables.frame([made_up(tmp_path, three_cases())])) is None
+
+
+@pytest.mark.parametrize("share", [0.94, 1.06])
+def test_parts_that_do_not_sum_to_the_step_are_said(tmp_path: Path, share: float) -> None:
+    run = made_up(tmp_path, three_cases(), cat_parts=share)
+    said = [note for note in tables.run_table(run).notes if "disturbance" in note]
+    assert said == [
+        "warning: CAT-8, batch 16, length 1024: measured under disturbance: parts sum to "
+        f"{3000 * share:,.0f} of 3,000 ms."
+    ]
 
 
 def test_a_drift_reference_adds_no_table_of_steps(tmp_path: Path) -> None:
@@ -314,9 +333,10 @@ def test_the_exhibit_follows_the_rules_of_the_suite() -> None:
 def test_the_exhibit_puts_the_claims_beside_the_ratios(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(exhibit, "TRAINED", ("dense", "dense-2d", "cat-8"))
     monkeypatch.setattr(exhibit, "fast_path", lambda name: "compile")
-    made_up(tmp_path, exhibit.plan("h100"))
+    made_up(tmp_path, exhibit.plan("h100"), cat_parts=0.8)
     records = _build.find(_build.all_records(tmp_path)[0], exhibit.plan("h100")).records
     (table,) = exhibit.render(records, (), "h100").tables
+    assert sum("parts sum to 2,400 of 3,000 ms" in note for note in table.notes) == 2
     text = table.text.set_index(["length", "architecture"])
     cat = text.loc["1024", "CAT-8"]
     assert cat["time / Dense"] == "3.00x" and cat["time / Dense-2D"] == "1.50x"

@@ -64,9 +64,23 @@ def rows(case: Case) -> dict[str, Record]:
 
 def test_a_pair_differs_in_nothing_but_its_loop(tmp_path: Path) -> None:
     cases = upstream.plan([parse(write(tmp_path))], Options(batch_sizes=(1, 2), seq_lens=(32,)))
-    assert [dict(case.settings)["loop"] for case in cases] == ["ours", "upstream"] * 2
+    assert loops_of(cases) == ["ours", "upstream", "upstream", "ours"]
     ours, theirs = (vars(case) | {"settings": (), "key": ""} for case in cases[:2])
     assert ours == theirs and ours["suite"] == "upstream" and ours["decode_path"] == "eager"
+
+
+def loops_of(cases: list[Case]) -> list[str]:
+    return [dict(case.settings)["loop"] for case in cases if case.suite == "upstream"]
+
+
+def test_a_drift_favours_neither_loop(tmp_path: Path) -> None:
+    """Pairs stay together; each loop runs first in half of them, drift references in between."""
+    arch, sizes = parse(write(tmp_path)), {"batch_sizes": (1, 2, 3, 4), "seq_lens": (32,)}
+    for every in (None, 1, 3):
+        cases = upstream.plan([arch], Options(**sizes, reference_every=every))
+        assert loops_of(cases) == ["ours", "upstream", "upstream", "ours"] * 2
+        pairs = [case.batch_size for case in cases if case.suite == "upstream"]
+        assert pairs[::2] == pairs[1::2]
 
 
 def test_our_side_takes_the_fastest_path_or_the_one_asked_for(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from cat_bench.case import Case
 from cat_bench.paper import _published, _settings
 from cat_bench.paper._settings import Content
 
+HALF_WINDOW = {_settings.label(name) for name in _settings.HALF_WINDOW}
+
 
 def content(
     title: str,
@@ -75,10 +77,28 @@ def caption(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
         )
         parts += [PEAKS] if any(panel.published == "GiB" for panel in panels) else []
+    labels = set(rows["label"]) if len(rows) else set()
+    parts += [f"{label}: window of half the length." for label in sorted(labels & HALF_WINDOW)]
     absent = _settings.missing(names, scale)
     if absent:
         parts.append(f"Not built yet: {', '.join(absent)}.")
     return "\n".join([f"{title}.", " ".join(parts)])
+
+
+def patterns(rows: pd.DataFrame) -> list[str]:
+    """A note on stride and window of all that have one, as their cases were configured."""
+    sizes: dict[tuple[str, str], dict[int, None]] = {}
+    for _, row in rows.sort_values("seq_len", kind="stable").iterrows():
+        for field in ("stride", "window"):
+            size = row.get(f"config.{field}")
+            if pd.notna(size) and row.get("config.hybrid") not in (False,):  # GDN has no use for it
+                sizes.setdefault((row["label"], field), {})[int(size)] = None
+    found = [
+        f"{label} {field} {', '.join(map(str, each))}"
+        + (" (half the length)" if label in HALF_WINDOW else "")
+        for (label, field), each in sizes.items()
+    ]
+    return [f"Stride and window, tokens: {'; '.join(found)}."] if found else []
 
 
 def no_row(names: Sequence[str], scale: str) -> str:
@@ -121,7 +141,7 @@ def ratio_table(
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
     made = tables.table(rows, COLUMNS, ["batch_size", "seq_len"])
     notes = [*tables.DEFINITIONS, *crossing_notes(rows, axis), *tables.failures(rows)]
-    notes += tables.foreign_dense(rows)
+    notes += [*patterns(rows), *tables.foreign_dense(rows)]
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names, scale)

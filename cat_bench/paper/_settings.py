@@ -20,6 +20,8 @@ from cat_bench.tables import Table
 SMOKE_VALUES = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
 SMOKE_WIDTH_DIVISOR, SMOKE_MIN_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 
+HALF_WINDOW = ("gdn-h1",)  # the window is half the length: 512 at 1K, 2048 at 4K (cat_spec.md 1.7)
+
 # Labels of the paper's tables, by the name an exhibit asks for. Others keep their name.
 LABELS = {
     "dense": "Dense",
@@ -135,10 +137,17 @@ def arch_text(name: str, scale: str, seq_len: int) -> str:
     changed = dict(parsed.overrides)
     if scale == "smoke":
         changed |= _shrunk(values)
+    if name in HALF_WINDOW:
+        changed["window"] = _half(seq_len)
     if isinstance(values.get("max_len"), int) and values["max_len"] < seq_len:
         changed["max_len"] = seq_len
     settings = ",".join(f"{key}={str(value).lower()}" for key, value in changed.items())
     return spec.parse(f"{parsed.name}:{settings}").text
+
+
+def _half(seq_len: int) -> int:
+    """Half of 1024, and of 1032: the few new tokens after a long prompt change no window."""
+    return 1 << ((seq_len // 2).bit_length() - 1)
 
 
 def _info(name: str) -> spec.ArchitectureInfo:

@@ -176,6 +176,7 @@ def _winners(
         "first's with a 95 % interval, both of the run named; ~ = the interval holds 1.",
         "smallest = least weights + live state while decoding. of = architectures compared.",
         "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
+        *_curves.patterns(rows),
         *tables.failures(rows),
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []

@@ -36,6 +36,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         notes.append(f"{figures.SMOKE_STAMP}.")
     if len(rows) and scale != "smoke":
         notes.append(_curves.PEAKS)
+    notes += _curves.patterns(rows) if len(rows) else []
     heading = _curves.heading(rows) if len(rows) else ""
     ours = _ours(rows) | {(point.row, "swde"): (math.nan, "not built") for point in published}
     return Content((_tables.comparison(TITLE, published, ours, heading=heading, notes=notes),))

@@ -80,9 +80,10 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         tables.TRAINING_DEFINITIONS[0],
         tables.TRAINING_DEFINITIONS[2],
         *NOTES,
+        *_curves.patterns(rows),
         *tables.failures(rows),
     ]
-    notes += tables.foreign_dense(rows)
+    notes += [*tables.foreign_dense(rows), *tables.disturbances(rows)]
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []

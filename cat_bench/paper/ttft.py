@@ -93,6 +93,7 @@ def _table(rows: pd.DataFrame, scale: str) -> tables.Table:
     notes = [
         "TTFT = prefill of the prompt and the choice of the first new token, median. vs Dense, "
         "vs Dense-2D = their median / ours, same prompt, same run, 95 % interval.",
+        *_curves.patterns(rows),
         *tables.failures(rows),
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []

@@ -42,7 +42,7 @@ EXAMPLES = {
 GRIDS = {"cpu": ((1, 4), (64,)), "cuda": ((1, 16, 64, 256), (1024,))}  # batch sizes, seq_lens
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 SMOKE_WARMUPS, SMOKE_REPEATS = 1, 3
-MIN_RATE_TOKENS = 8  # new tokens; fewer are no decoding: rates and floors know steps, not prefills
+MIN_RATE_TOKENS = 8  # new tokens; fewer are no decoding, and most of their time is no step's
 MAX_CLOCK_DIFFERENCE = 0.02  # host clock against CUDA events
 MAX_STEP_SUM_DIFFERENCE = 0.03  # sum of the instrumented steps against decode_s
 
@@ -334,8 +334,6 @@ def _floor_rows(case: Case, model: Any, timing: "Timing", measured: "Ceilings") 
     bandwidth = measured.read_bandwidth_bytes_per_s
     yield _row(case, "read_bandwidth_bytes_per_s", bandwidth, "bytes/s")
     yield _row(case, "matmul_flops_per_s", measured.matmul_flops_per_s, "FLOP/s")
-    if case.new_tokens < MIN_RATE_TOKENS:
-        return
     shape = case.batch_size, case.prompt_len, case.seq_len
     floor_s = generation_floor_s(model, *shape, measured)
     ratio = floor_s / statistics.median(timing.latency_s)

@@ -19,6 +19,7 @@ Try it: cat-bench run upstream -a mamba2 --batch-size 1,64 --seq-len 1024
 """
 
 import importlib.util
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,15 +44,18 @@ EXPORT = "upstream_generate"
 
 
 def plan(specs: list[Spec], options: Options) -> list[Case]:
-    """The cases of suite efficiency, once per loop: the two of a pair run one after the other."""
+    """The cases of suite efficiency, once per loop: the two of a pair run one after the other.
+
+    Who runs first alternates from pair to pair, so that a drift favours neither side.
+    """
     for spec in specs:
         _check_export(spec)
-    planned = []
+    planned, order = [], itertools.cycle((LOOPS, LOOPS[::-1]))
     for case in efficiency.plan(specs, options):
         if any(key == "reference" for key, _ in case.settings):
             planned.append(case)  # an efficiency case, the same in every run
         else:
-            planned += [_with_loop(case, loop, options.decode_path) for loop in LOOPS]
+            planned += [_with_loop(case, loop, options.decode_path) for loop in next(order)]
     return planned
 
 
