@@ -125,7 +125,7 @@ class State(NamedTuple):
 
 
 class Model(LanguageModel):
-    decode_paths = ("eager", "cuda_graph", "upstream_graph", "upstream")  # the last is not timed yet
+    decode_paths = ("eager", "cuda_graph", "upstream_graph", "upstream")
     forward_paths = ("eager", "upstream")
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):

@@ -80,23 +80,33 @@ def test_forward(config: gdn.Config, dtype: str) -> None:
 
 
 @CONFIGS
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_gradient_of_every_parameter(config: gdn.Config, autocast: bool) -> None:
-    """Float32 weights; under autocast as the training suite runs them, in bfloat16."""
+def test_gradient_of_every_parameter(config: gdn.Config) -> None:
     skip_where_triton_miscompiles()
-    eager, fast = made(config), made(config, forward_path="upstream")
-    tokens = tokens_of(config, 3, 200)
-    for model in (eager, fast):
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            logits = model(tokens)
-        F.cross_entropy(logits.float().mT, tokens.roll(-1, 1)).backward()
-    errors = {
-        name: contract.relative_norm(got.grad, expected.grad)
-        for (name, got), expected in zip(fast.named_parameters(), eager.parameters(), strict=True)
-    }
-    worst = max(errors, key=errors.get)
-    bound = 1e-1 if autocast else 2e-2
-    assert errors[worst] < bound, f"gradient of {worst}: {errors[worst]:.1e}"
+    exact, fast = gradients(config, "eager"), gradients(config, "upstream")
+    worst = max(exact, key=lambda name: contract.relative_norm(fast[name], exact[name]))
+    error = contract.relative_norm(fast[worst], exact[worst])
+    assert error < 2e-2, f"gradient of {worst}: {error:.1e}"
+
+
+@CONFIGS
+def test_gradient_of_every_parameter_under_autocast(config: gdn.Config) -> None:
+    """As the training suite runs it, in bfloat16, whose rounding alone moves the gradients of the
+    gates by a tenth: no farther from those in float32 than three times what eager is.
+    """
+    skip_where_triton_miscompiles()
+    exact = gradients(config, "eager")
+    rounded, fast = (gradients(config, path, autocast=True) for path in ("eager", "upstream"))
+    for name, right in exact.items():
+        error, own = (contract.relative_norm(x[name], right) for x in (fast, rounded))
+        assert error < max(5e-2, 3 * own), f"gradient of {name}: {error:.1e}, eager {own:.1e}"
+
+
+def gradients(config: gdn.Config, path: str, autocast: bool = False) -> dict[str, Tensor]:
+    model, tokens = made(config, forward_path=path), tokens_of(config, 3, 200)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        logits = model(tokens)
+    F.cross_entropy(logits.float().mT, tokens.roll(-1, 1)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 # --- prefill and cached steps --------------------------------------------------------------------
