@@ -21,6 +21,7 @@ from cat_bench.architecture import DTYPES, Architecture, State, Tokens
 from cat_bench.generate import Prompt, greedy
 
 Clock = Callable[[], float]  # seconds
+LONG_S = 2.0  # from here on one warm-up is enough
 MIN_ENERGY_S = 1.0  # the counter moves every 20 to 100 ms: over less, its steps would show
 
 
@@ -68,7 +69,7 @@ class Timing(NamedTuple):
 
 def num_warmups(one_s: float) -> int:
     """Warm-ups for something that takes `one_s` seconds."""
-    return 3 if one_s < 2 else 1
+    return 3 if one_s < LONG_S else 1
 
 
 def num_repeats(one_s: float) -> int:
@@ -82,13 +83,16 @@ def timed(
     repeats: int | None = None,
     meter: Callable[[], float] | None = None,
     clock: Clock = time.perf_counter,
+    first: Callable[[Callable[[], None]], object] | None = None,
 ) -> Timing:
     """Call `run(mark)` until there are enough warm-ups and repeats; keep every sample.
+
+    `first`, if given, is called in place of `run` the first time, which is a warm-up.
 
     None: by the rule, for the shortest call so far (the first may have tuned kernels in it).
     `run` may call `mark()` once: `decode_s` counts from there. `meter()` returns joules.
     """
-    calls = [_call(run, device, meter, clock)]
+    calls = [_call(first or run, device, meter, clock)]
     while True:
         one_s = min(call.host_s for call in calls)
         first = num_warmups(one_s) if warmups is None else warmups

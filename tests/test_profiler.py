@@ -218,3 +218,17 @@ def test_both_clocks_agree_on_a_gpu() -> None:
     timing = timed(run, "cuda", repeats=5)
     assert abs(timing.clock_difference) < 0.02
     assert timing.decode_s == pytest.approx(timing.latency_s, rel=0.02)
+
+
+def test_the_first_call_may_be_another_one() -> None:
+    """It is a warm-up; all repeats are of `run`."""
+    called = []
+    timing = profiler.timed(
+        lambda mark: called.append("run"),
+        "cpu",
+        warmups=2,
+        repeats=3,
+        first=lambda mark: called.append("first"),
+    )
+    assert called == ["first", "run", "run", "run", "run"]
+    assert (len(timing.warmups), len(timing.repeats)) == (2, 3)
