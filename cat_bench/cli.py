@@ -6,7 +6,6 @@ that needs it, so that `--help` and `list` answer at once, without torch and pan
 """
 
 import json
-import random
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -899,8 +898,7 @@ def _measure_missing(
             return
         _check_machine(cases)
         environment = _environment(cases[0].device)
-        order = random.Random(0).sample(cases, len(cases))  # a drift must not favour one side
-        order = _with_references(order)
+        order = _in_order(cases)
         resolved = _resolve(order, environment.get("gpu_name"))
         target = store.Run.create(results, name, environment, order, resolved)
         summary = _measure(target, order, frozenset(), 3600.0)
@@ -911,13 +909,13 @@ def _measure_missing(
     return measure
 
 
-def _with_references(cases: list[Case]) -> list[Case]:
-    """On a GPU, the drift reference of evaluation_spec.md 4.1 first, last and in between."""
-    like = cases[0]
-    if like.device != "cuda":
-        return cases
+def _in_order(cases: list[Case]) -> list[Case]:
+    """By shape; on a GPU, the drift reference of evaluation_spec.md 4.1 first, last, in between."""
     from cat_bench.suites import efficiency
 
+    like, cases = cases[0], efficiency.by_cell(cases)
+    if like.device != "cuda":
+        return cases
     options = Options(device=like.device, seeds=(like.seed,), scale=like.scale)
     return efficiency.with_references(cases, options, efficiency.REFERENCE_EVERY)
 

@@ -1,5 +1,6 @@
 """The efficiency suite: a pure and orderly plan, every row of a case, rows kept on OOM."""
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,8 @@ def test_the_plan_is_the_product_and_the_same_every_time() -> None:
     shapes = {(c.arch, c.batch_size, c.seq_len, c.seed) for c in cases}
     assert len(cases) == len(shapes) == 16
     assert [c.batch_size for c in cases] != sorted(c.batch_size for c in cases)  # shuffled
+    shapes = [shape for shape, _ in itertools.groupby(cases, lambda c: (c.batch_size, c.seq_len))]
+    assert len(shapes) == len(set(shapes))  # what is compared stands together
     assert {c.prompt_len for c in cases} == {8}
 
 

@@ -16,7 +16,7 @@ Try it: cat-bench run efficiency -a dense -a cat:chunk_size=8 --quick
 import itertools
 import random
 import statistics
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ MAX_STEP_SUM_DIFFERENCE = 0.03  # sum of the instrumented steps against decode_s
 
 
 def plan(specs: list[Spec], options: Options) -> list[Case]:
-    """Specs x batch sizes x lengths x seeds, in a seeded random order, each case once."""
+    """Specs x batch sizes x lengths x seeds in the order of `by_cell`, each case once."""
     _check(specs, options)
     cases = {
         _case(options, spec.text, batch_size, prompt_len, seq_len, seed): None
@@ -60,8 +60,7 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
         for prompt_len, seq_len in _lengths(options)
         for seed in options.seeds
     }
-    ordered = list(cases)
-    random.Random(0).shuffle(ordered)  # a slow drift of the machine must not favour one side
+    ordered = by_cell(cases)
     if options.reference_every is None:
         return ordered
     return with_references(ordered, options, options.reference_every)
@@ -101,6 +100,20 @@ def _case(
         scale=options.scale,
         settings=tuple(sorted((key, str(value)) for key, value in settings.items())),
     )
+
+
+def by_cell(cases: Iterable[Case]) -> list[Case]:
+    """A seeded random order in which cases of one shape stand together.
+
+    Random, because a slow drift of the machine must not favour one side; together, because those
+    are compared: they are measured close in time, and an interruption leaves whole comparisons.
+    """
+    shuffled, cells = list(cases), {}
+    random.Random(0).shuffle(shuffled)
+    for case in shuffled:
+        shape = case.suite, case.batch_size, case.prompt_len, case.seq_len, case.dtype
+        cells.setdefault(shape, []).append(case)
+    return [case for cell in cells.values() for case in cell]
 
 
 def with_references(cases: list[Case], options: Options, every: int) -> list[Case]:

@@ -15,7 +15,6 @@ Try it: cat-bench run training -a dense -a cat:chunk_size=8 --quick
 """
 
 import math
-import random
 import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -46,7 +45,7 @@ SMOKE_WARMUPS, SMOKE_REPEATS = 1, 3
 
 
 def plan(specs: list[Spec], options: Options) -> list[Case]:
-    """Specs x lengths x batch sizes x seeds, in a seeded random order, each case once."""
+    """Specs x lengths x batch sizes x seeds in the order of efficiency.by_cell, each case once."""
     _check(specs, options)
     if options.seq_lens is None:  # our own choice of lengths must not be too long for anyone
         specs = [_long_enough(one, max(SEQ_LENS[options.device])) for one in specs]
@@ -57,8 +56,7 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
         for batch_size in options.batch_sizes or (default_batch_size(options.device, seq_len),)
         for seed in options.seeds
     }
-    ordered = list(cases)
-    random.Random(0).shuffle(ordered)  # a slow drift of the machine must not favour one side
+    ordered = efficiency.by_cell(cases)
     if options.reference_every is None:
         return ordered
     return efficiency.with_references(ordered, options, options.reference_every)
