@@ -15,8 +15,9 @@ MQAR compares mixers); keys are cached rotated, so the ring needs no order. Line
 convolutions take none. Heads of window layers are 64 wide; `num_heads` splits the linear layers.
 State: the sums are kept in float32 at least, in a model of any dtype and under autocast; the rest
 in the model's dtype.
-Decode path cuda_graph: a token on Triton kernels, captured; a prompt with the eager linear
-attention, whose chunks are batched, between fused norms, SwiGLU, rotation and convolution.
+Decode path cuda_graph: a token on Triton kernels, captured, and so is each of a short prompt; a
+longer one with the eager linear attention, whose chunks are batched, between fused norms, SwiGLU,
+rotation and convolution.
 
 Shapes: b batch, t tokens, d width, h heads, e head width, f feature_dim, p features (1 + f + f^2),
 s cache rows, u channels of the convolution (2 d), i its kernel, n chunks, c chunk, v words.
@@ -43,7 +44,7 @@ from cat_bench.graph import (
     norm_linear,
     taylor_features,
 )
-from cat_bench.language_model import LanguageModel
+from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.window import flex_window_attention, ring_attention, ring_rows, window_attention
 
 # At WikiText-103 scale (cat_spec.md 1.7): 2 + 2 + 2 layers, the plain one there is pattern=cclcsc.
@@ -179,6 +180,8 @@ class Model(LanguageModel):
     def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
         """Read `tokens` into the state; return the logits of the token after the last one."""
         end = self._check_room(state, tokens.shape[1])
+        if state.captured is not None and tokens.shape[1] <= SHORT_PROMPT:
+            return self.read_by_steps(tokens, state)
         call, x = self._call(state.num_tokens, tokens), self.embed(tokens)
         for layer, cache in zip(self.blocks, self._caches(state), strict=True):
             x = (layer if self.decode_path == "eager" else layer.fast)(x, call, cache)

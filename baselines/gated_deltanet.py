@@ -12,12 +12,12 @@ x / sqrt(sum x^2 + 1e-6), q then times 1 / sqrt(128). Output: o_proj(RMSNorm(o) 
 State: S, and the last 4 inputs of the convolutions, so it does not grow; a sliding layer adds a
 ring of `window` rows. S and its sums are float32 at least, so 4 bytes per element in bfloat16.
 
-Paths. Decoding beyond `eager`: all read prompts on the kernels of flash-linear-attention (fla 0.6),
-with our fused kernels around them. They differ in the step of a token: `cuda_graph` is our own
-kernels, S changed in place; `upstream` takes fla's, which return S as a new tensor: copying it back
-doubles the bytes of a step. `upstream_graph` is the same, captured. Forward: `upstream` is what
-fla's own layer trains with; its backward raises on Hopper GPUs with Triton 3.4.0 to 3.7.0, which
-compile it wrongly (fla issue 640). fla's chunks multiply float32 in TF32.
+Paths. Decoding beyond `eager`: prompts are read on the kernels of flash-linear-attention (fla 0.6),
+with our fused kernels around them. `cuda_graph` takes a token on our own kernels, S changed in
+place, and reads a short prompt so, too. `upstream` takes fla's, which return S as a new tensor:
+copying it back doubles the bytes of a step. `upstream_graph` is the same, captured. Forward:
+`upstream` is what fla's own layer trains with; its backward raises on Hopper GPUs with Triton 3.4.0
+to 3.7.0, which compile it wrongly (fla issue 640). fla's chunks multiply float32 in TF32.
 
 Names in flash-linear-attention's GatedDeltaNet: `blocks.i.mixer.X` is its `model.layers.i.attn.X`,
 one to one, shapes too: {q,k,v,a,b,g,o}_proj, {q,k,v}_conv1d (.weight), o_norm.weight, A_log,
@@ -57,7 +57,7 @@ from cat_bench.graph import (
     norm_linear,
     plain_block,
 )
-from cat_bench.language_model import LanguageModel
+from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.window import (
     check_ring,
     flex_window_attention,
@@ -198,6 +198,8 @@ class Model(LanguageModel):
         """Read `tokens` into the state; return the logits of the token after the last one."""
         c, start, end = self.config, state.num_tokens, state.num_tokens + tokens.shape[1]
         self._check_room(end, state)
+        if self.decode_path == "cuda_graph" and tokens.shape[1] <= SHORT_PROMPT:
+            return self.read_by_steps(tokens, state)
         rope = rope_table(torch.arange(start, end, device=tokens.device), c.rope_base)
         memories = zip(state.matrices, state.inputs, strict=True)
         rings = zip(state.keys, state.values, strict=True)

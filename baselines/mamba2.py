@@ -23,9 +23,9 @@ Their scan multiplies float32 in TF32 and their softplus is log(1 + exp): 1e-3 o
     decode   upstream        prompt: their chunked scan, token: their state update, each between our
                              convolution and their gated norm
              upstream_graph  the same, with the step of a token captured as one CUDA graph
-             cuda_graph      prompt: the same, but fewer than SHORT_PROMPT tokens on the eager scan,
-                             exact in float32; token: our own state update (kernels.ssm_step), which
-                             reads and writes S once and holds the gate, captured
+             cuda_graph      prompt: the same, a short one token by token; token: our own state
+                             update (kernels.ssm_step), which reads and writes S once and holds the
+                             gate, captured
 `upstream_generate` is mamba-ssm's whole model with its own loop, as a reference for ours.
 
 Shapes: b batch, t tokens, d width, i inner width (expand d), h heads, e head width, n d_state,
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.errors import UserError
 from cat_bench.graph import CapturedStep, add_linear_, norm_linear, rms_norm
-from cat_bench.language_model import LanguageModel
+from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.upstream import import_mamba_ssm
 
 PRESETS = {
@@ -58,7 +58,6 @@ TINY = {"headdim": 16}  # for the contract: 8 heads, and strides that causal-con
 
 SCAN_CHUNK = 64  # tokens; moves the scan's time and memory, not its result
 UPSTREAM_CHUNK = 256  # the same of the authors' scan: their default
-SHORT_PROMPT = 64  # decode path cuda_graph reads fewer tokens than these with the eager scan
 UPSTREAM_ELEMENTS = 2**31 - 1  # their kernels address with 32 bits
 DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at initialisation
 A_RANGE = (1.0, 16.0)  # of -A at initialisation
@@ -191,9 +190,10 @@ class Model(LanguageModel):
 
     def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
         """Read `tokens` into the state; return the logits of the token after the last one."""
-        short = self.decode_path == "cuda_graph" and tokens.shape[1] < SHORT_PROMPT
-        if short or self.decode_path == "eager":
+        if self.decode_path == "eager":
             return self._read(tokens, state, chunked_scan)
+        if self.decode_path == "cuda_graph" and tokens.shape[1] <= SHORT_PROMPT:
+            return self.read_by_steps(tokens, state)
         count = math.ceil(len(tokens) / self._upstream_batch(tokens.shape[1]))
         columns, matrices = (  # parts of equal size need the least memory at once
             buffer.tensor_split(count, dim=1) for buffer in (state.columns, state.matrices)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
-from cat_bench.architecture import Cost, Logits, Tokens
+from cat_bench.architecture import Cost, Logits, NextLogits, Tokens
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
 from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, norm_linear, plain_block
+
+SHORT_PROMPT = 16  # tokens
 
 
 class ForwardPath(nn.Module):
@@ -88,6 +90,16 @@ class LanguageModel(ForwardPath):
 
     def forward(self, tokens: Tokens) -> Logits:
         return self.head(self.hidden(tokens))
+
+    def read_by_steps(self, tokens: Tokens, state: Any) -> tuple[NextLogits, Any]:
+        """A prompt of up to SHORT_PROMPT tokens on the captured step of a recurrent state.
+
+        It needs no memory of its own, where the kernels of prompts hold the states of a layer two
+        or three times over. The logits are those of the last step: the next one overwrites them.
+        """
+        for token in tokens.unbind(1):
+            logits, state = self.step(token, state)
+        return logits, state
 
     def step_kind(self, num_tokens: int) -> str:
         return "step"

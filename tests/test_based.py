@@ -353,6 +353,18 @@ def test_fast_prompts_and_steps_equal_eager(
     assert_same(got, expected, "prompts and steps")
 
 
+def test_a_short_prompt_goes_through_the_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not need the memory of a prompt's kernels: those are not called."""
+    reference_kernels.install(monkeypatch, based)
+    model = make("cl")
+    monkeypatch.setattr(model, "decode_path", "cuda_graph")
+    monkeypatch.setattr(based.Layer, "fast", lambda *_: pytest.fail("a prompt's kernels ran"))
+    tokens, state = random_tokens(17), model.init_state(2, 17)
+    model.prefill(tokens[:, :16], state)
+    with pytest.raises(pytest.fail.Exception, match="a prompt's kernels"):
+        model.prefill(tokens, model.reset(state))
+
+
 # Planted faults: the checks above and the contract see them
 
 
