@@ -245,6 +245,12 @@ class Model(LanguageModel):
         """
         return batch_size * sum(self._bytes(self._window_rows(seq_len)))
 
+    def blocks_passed(self, num_tokens: int) -> int:
+        """Those before the last linear layer: windows and convolutions after it read the end only.
+        The pairs of window layers are left out.
+        """
+        return max(0, self.config.pattern.rfind("l"))
+
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix and convolution once, 2 FLOP per weight.
 
@@ -446,16 +452,22 @@ def taylor_chunks(
     s = q @ k.mT * q.shape[-1] ** -0.5
     weights = (1 + s + s * s / 2).tril()  # (b, h, n, c, c)
     phi_q, phi_k = taylor_features(q), taylor_features(k)  # (b, h, n, c, p)
-    sums = running(sums, phi_k.mT @ v)  # (b, h, n + 1, p, e): before each chunk, after the last
-    norms = running(norms, phi_k.sum(-2))  # (b, h, n + 1, p)
-    y = weights @ v + phi_q @ sums[:, :, :-1]
-    norm = weights.sum(-1, keepdim=True) + phi_q @ norms[:, :, :-1, :, None]
-    return y / norm, sums[:, :, -1], norms[:, :, -1]
+    sums_before, sums = running(sums, phi_k.mT @ v)  # (b, h, n, p, e), (b, h, p, e)
+    norms_before, norms = running(norms, phi_k.sum(-2))  # (b, h, n, p), (b, h, p)
+    y = weights @ v + phi_q @ sums_before
+    norm = weights.sum(-1, keepdim=True) + phi_q @ norms_before[..., None]
+    return y / norm, sums, norms
 
 
-def running(start: Tensor, added: Tensor) -> Tensor:
-    """start (b, h, ...), added (b, h, n, ...) -> sums after 0 .. n chunks, (b, h, n + 1, ...)."""
-    return torch.cat([start[:, :, None], added], dim=2).cumsum(2)
+def running(start: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """start (b, h, ...), added (b, h, n, ...) -> sums before each chunk, as `added`, and after all.
+
+    Of one chunk without a copy: the sums of a large batch are most of what a prompt needs.
+    """
+    if added.shape[2] == 1:
+        return start[:, :, None], start + added[:, :, 0]
+    sums = torch.cat([start[:, :, None], added], dim=2).cumsum(2)
+    return sums[:, :, :-1], sums[:, :, -1]
 
 
 @lru_cache(maxsize=1)

@@ -56,6 +56,7 @@ from cat_bench.graph import (
     finish_block,
     norm_linear,
     plain_block,
+    wait_for_weights,
 )
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.window import (
@@ -300,9 +301,13 @@ class Model(LanguageModel):
             ),
         )
 
-    def pair_flops(self, batch_size: int, num_tokens: int) -> float:
-        others = max(0, self.config.num_sliding_layers - 1)  # the last block may be one of them
-        return batch_size * others * sum(self._ring_flops(n) for n in range(1, num_tokens))
+    def blocks_passed(self, num_tokens: int) -> int:
+        """Those before the last memory: a sliding layer after it reads a window only."""
+        return max(i for i, block in enumerate(self.blocks) if isinstance(block, DeltaBlock))
+
+    def pair_flops(self, batch_size: int, num_tokens: int, num_blocks: int) -> float:
+        sliding = num_blocks // 2 if self.config.hybrid else 0
+        return batch_size * sliding * sum(self._ring_flops(n) for n in range(1, num_tokens))
 
     def _ring_flops(self, num_tokens: int) -> int:
         """Of one sliding layer, for token number `num_tokens`."""
@@ -623,6 +628,7 @@ def packed(weights: Sequence[nn.Parameter]) -> Tensor:
             parts = buffer.split([*(len(weight) for weight in weights), num_zeros])
             for weight, part in zip(weights, parts, strict=False):  # the last part is the zeros
                 weight.data = part
+        wait_for_weights(buffer)
     return first.detach().as_strided((num_rows + num_zeros, *first.shape[1:]), first.stride())
 
 

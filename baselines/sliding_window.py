@@ -120,6 +120,10 @@ class Model(Transformer):
         """2 (key, value) x layers x batch x min(window, tokens) x kv width x bytes per element."""
         return batch_size * min(self.config.window, seq_len) * self.row_bytes
 
+    def blocks_passed(self, num_tokens: int) -> int:
+        """None, where the window of the last block does not hold all tokens."""
+        return len(self.blocks) - 1 if num_tokens <= self.config.window else 0
+
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix once, 2 FLOP per weight. State: the rows in sight, 4 L D each."""
         return self.costs(batch_size, min(self.config.window, num_tokens))

@@ -72,7 +72,9 @@ class Architecture(Protocol):
         ...
 
     def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
-        """Read `tokens` (any number >= 1, repeatable) into the state; logits of the next token."""
+        """Read `tokens` (any number >= 1, repeatable) into the state; logits of the next token,
+        which may be a buffer that the next call overwrites.
+        """
         ...
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:

@@ -177,14 +177,26 @@ def packed_gate_up(block: Block) -> Tensor:
         with torch.inference_mode(False):  # the weights stay ordinary tensors, fit for training
             both = torch.cat([gate.detach(), up.detach()])
             gate.data, up.data = both.chunk(2)
+        wait_for_weights(both)
     return gate.detach().as_strided((2 * len(gate), gate.shape[1]), gate.stride())
+
+
+def wait_for_weights(weights: Tensor) -> None:
+    """After writing weights anew: kernels that start early read them without waiting for it."""
+    if weights.is_cuda:
+        torch.cuda.current_stream().synchronize()
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """RMSNorm of (b, d) in one kernel."""
     from cat_bench import kernels
 
-    return kernels.rms_norm(x, norm.weight, norm.eps)
+    return kernels.rms_norm(x, norm.weight, eps_of(norm))
+
+
+def eps_of(norm: nn.RMSNorm) -> float:
+    """As nn.RMSNorm: without an eps, that of the dtype."""
+    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
 
 class CapturedStep:

@@ -12,11 +12,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents as gdc_release
-from triton.language.extra.cuda import gdc_wait
 
 from cat_bench.blocks import HEAD_WIDTH, Rope
 from cat_bench.graph import Rows
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents as gdc_release
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # Triton before 3.4: no early launch
+    gdc_release = gdc_wait = None
 
 BLOCK, WARPS = 32, 1  # cache rows a tile; the best or within 2 % of it on an H200
 SHORT_BLOCK, SHORT_WARPS = 128, 4  # where few programs have few rows: then time is latency
@@ -33,7 +37,12 @@ def early_launch() -> dict[str, bool]:
     does not write, and writes nothing; after it, `gdc_release` lets the next one start. So when a
     kernel starts, everything up to the last but one has ended.
     """
-    early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    early = (
+        gdc_wait is not None
+        and torch.version.hip is None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (9, 0)
+    )
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
@@ -44,7 +53,8 @@ def decode_attention(
 
     Reference: graph.decode_attention_reference. q (b, h e), k and v (b, g e), not yet rotated, last
     dimension contiguous; keys, values (b, g, s, e) changed in place; rope tables (ids, e/2) fp32.
-    Returns (b, h e) in q's dtype. Softmax and sums are float32.
+    Returns (b, h e) in q's dtype. Softmax and sums are float32. `rows` must not come from the
+    kernel right before this one, which may start before that has ended.
     """
     batch_size, num_heads, num_kv = len(q), q.shape[1] // HEAD_WIDTH, keys.shape[1]
     few = batch_size * num_heads <= FEW_PROGRAMS and keys.shape[2] <= SHORT_ROWS
@@ -227,7 +237,7 @@ def _chunk_rows_kernel(
     inside = b < batch_size
     row = tl.load(row_ptr + b, mask=inside, other=1)
     token = tl.load(token_ptr + b, mask=inside, other=0)
-    tl.store(open_ptr + b.to(tl.int64) * C + (row - 1) % C, token, mask=inside)
+    tl.store(open_ptr + b.to(tl.int64) * C + (row + C - 1) % C, token, mask=inside)
     chunk, offset = row // C, row % C
     tl.store(out_ptr + b, chunk + offset, mask=inside)
     tl.store(out_ptr + batch_size + b, chunk + offset if GROWING else offset, mask=inside)
@@ -437,16 +447,15 @@ def conv_rows(
     (b, w, m), oldest first, changed in place to hold the last w inputs; weight (m, w), newest last;
     bias (m,). Returns (b, t, m) in new's dtype; sums in float32.
     """
-    batch_size, num_rows, channels = new.shape
+    (batch_size, num_rows, channels), width = new.shape, inputs.shape[1]
     out = torch.empty(new.shape, dtype=new.dtype, device=new.device)
     tiles = triton.cdiv(num_rows, CONV_ROWS)
     _conv_rows_kernel[(batch_size * tiles, triton.cdiv(channels, CONV_CHANNELS))](
         new, inputs, weight, weight if bias is None else bias, out, num_rows, channels, tiles,
         new.stride(0), new.stride(1), inputs.stride(0), inputs.stride(1), weight.stride(0),
-        WIDTH=inputs.shape[1], BIAS=bias is not None, SILU=silu,
+        WIDTH=width, BIAS=bias is not None, SILU=silu,
         ROWS=CONV_ROWS, BLOCK=CONV_CHANNELS,
     )  # fmt: skip
-    width = inputs.shape[1]
     inputs.copy_(torch.cat([inputs, new[:, -width:]], dim=1)[:, -width:])
     return out
 

@@ -123,22 +123,28 @@ class LanguageModel(ForwardPath):
         raise NotImplementedError
 
     def prefill_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
-        """The step of the last token; of the tokens before it the matrices of all blocks but the
-        last, and `pair_flops`. Nobody reads their logits, nor what the last block makes of them.
+        """The step of the last token; of the tokens before it the matrices and `pair_flops` of the
+        blocks that all of them must pass. Nobody reads their logits.
 
         The state is written once. What a recurrence computes is left out: it has several forms.
         """
         last = self.step_costs(batch_size, num_tokens)
-        matrices = sum(cost.flops for cost in last if cost.part == "weights")
-        unread = (*self.head.parameters(), *self.blocks[-1].parameters())
-        matrices -= 2 * batch_size * sum(p.numel() for p in unread)
-        before = (num_tokens - 1) * max(0, matrices) + self.pair_flops(batch_size, num_tokens)
+        passed = self.blocks[: self.blocks_passed(num_tokens)]
+        matrices = sum(p.numel() for block in passed for p in block.parameters() if p.dim() > 1)
+        before = 2 * batch_size * (num_tokens - 1) * matrices
+        before += self.pair_flops(batch_size, num_tokens, len(passed))
         most = {"state": self.state_bytes(batch_size, num_tokens)}
         once = (c._replace(num_bytes=min(c.num_bytes, most.get(c.part, math.inf))) for c in last)
         return (*once, Cost("tokens before", 0, before))
 
-    def pair_flops(self, batch_size: int, num_tokens: int) -> float:
-        """Of the attention layers, what all blocks but the last do for all tokens but the last."""
+    def blocks_passed(self, num_tokens: int) -> int:
+        """How many blocks, from the first on, every token of a prompt must pass for the logits of
+        the last: all but the last block, where that one reads all tokens.
+        """
+        return len(self.blocks) - 1
+
+    def pair_flops(self, batch_size: int, num_tokens: int, num_blocks: int) -> float:
+        """Of the attention layers in the first `num_blocks`, for all tokens but the last."""
         return 0
 
 
@@ -198,10 +204,11 @@ class Transformer(LanguageModel):
         kv_width = self.num_kv_heads * HEAD_WIDTH
         return 2 * self.config.num_layers * kv_width * self.head.weight.itemsize
 
-    def pair_flops(self, batch_size: int, num_tokens: int) -> float:
+    def pair_flops(self, batch_size: int, num_tokens: int, num_blocks: int) -> float:
+        if num_blocks == 0:
+            return 0
         steps = (self.step_costs(batch_size, n) for n in range(1, num_tokens))
-        share = 1 - 1 / self.config.num_layers
-        return share * sum(state.flops for _, state in steps)
+        return num_blocks / self.config.num_layers * sum(state.flops for _, state in steps)
 
     def costs(self, batch_size: int, num_rows: int) -> tuple[Cost, ...]:
         """A step that sees `num_rows` rows: every matrix once, 2 FLOP per weight; 4 L D per row."""

@@ -87,18 +87,17 @@ def timed(
 ) -> Timing:
     """Call `run(mark)` until there are enough warm-ups and repeats; keep every sample.
 
-    `first`, if given, is called in place of `run` the first time, which is a warm-up.
-
-    None: by the rule, for the shortest call so far (the first may have tuned kernels in it).
-    `run` may call `mark()` once: `decode_s` counts from there. `meter()` returns joules.
+    Warm-ups or repeats None: by the rule, for the shortest call so far (the first may have tuned
+    kernels in it). `run` may call `mark()` once: `decode_s` counts from there. `meter()` returns
+    joules. `first`, if given, is called in place of `run` the first time, as a warm-up.
     """
     calls = [_call(first or run, device, meter, clock)]
     while True:
         one_s = min(call.host_s for call in calls)
-        first = num_warmups(one_s) if warmups is None else warmups
-        last = first + (num_repeats(one_s) if repeats is None else repeats)
-        if len(calls) >= last:
-            return Timing(calls[:first], calls[first:])
+        num_first = num_warmups(one_s) if warmups is None else warmups
+        num_first = max(num_first, int(first is not None))
+        if len(calls) >= num_first + (num_repeats(one_s) if repeats is None else repeats):
+            return Timing(calls[:num_first], calls[num_first:])
         calls.append(_call(run, device, meter, clock))
 
 

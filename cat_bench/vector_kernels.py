@@ -8,11 +8,11 @@ graph.add_linear_ of more rows.
 Shapes: d inputs, n outputs.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from cat_bench.graph import eps_of
 from cat_bench.kernels import early_launch, gdc_release, gdc_wait
 
 
@@ -21,7 +21,8 @@ def linear(
 ) -> Tensor:
     """weight (n, d) times x (1, d) or RMSNorm(x), added to `add_to` (1, n) in place if given.
 
-    weight contiguous. Products and sums are float32. Returns (1, n) in x's dtype.
+    All last dimensions and `weight` contiguous. Products and sums are float32. Returns (1, n) in
+    x's dtype.
     """
     num_outputs, width = weight.shape
     out = x.new_empty(1, num_outputs) if add_to is None else add_to
@@ -29,7 +30,8 @@ def linear(
     # multiprocessors get none.
     block_n, block_k = (4, 1024) if num_outputs <= 2048 else (16, 512)
     _linear_kernel[(triton.cdiv(num_outputs, block_n),)](
-        x, x if norm is None else norm.weight, weight, out, num_outputs, width, _eps(norm),
+        x, x if norm is None else norm.weight, weight, out, num_outputs, width,
+        0.0 if norm is None else eps_of(norm),
         NORM=norm is not None, ADD=add_to is not None, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=4, **early_launch(),
     )  # fmt: skip
@@ -37,21 +39,14 @@ def linear(
 
 
 def swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up (2 n, d), contiguous, times RMSNorm(x), x (1, d) -> (1, n)."""
+    """silu(gate) * up of gate_up (2 n, d) times RMSNorm(x), x (1, d) -> (1, n). All contiguous."""
     num_outputs, width = len(gate_up) // 2, gate_up.shape[1]
     out = x.new_empty(1, num_outputs)
     _swiglu_kernel[(triton.cdiv(num_outputs, 8),)](
-        x, norm.weight, gate_up, out, num_outputs, width, _eps(norm),
+        x, norm.weight, gate_up, out, num_outputs, width, eps_of(norm),
         BLOCK_N=8, BLOCK_K=512, num_warps=4, **early_launch(),
     )  # fmt: skip
     return out
-
-
-def _eps(norm: nn.RMSNorm | None) -> float:
-    """As nn.RMSNorm: without an eps, that of the dtype."""
-    if norm is None:
-        return 0.0
-    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
 
 @triton.jit

@@ -332,11 +332,15 @@ def on_references(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("on_references")
 @pytest.mark.parametrize("subject", [SUBJECT, SUBJECT_H1], ids=lambda subject: subject.label)
-@pytest.mark.parametrize("segments", [(1,), (5,), (3, 8)])
-def test_graphed_step_equals_eager(subject: contract.Subject, segments: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("segments", [(1,), (5,), (3, 8), (20,), (2, 18)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_graphed_step_equals_eager(
+    subject: contract.Subject, batch_size: int, segments: tuple[int, ...]
+) -> None:
+    """Prompts of which each token is a step, and longer ones; one sequence has its own kernels."""
     eager, fast = subject.model(), subject.model(decode_path="cuda_graph")
     fast.load_state_dict(eager.state_dict())  # the gates' vectors are drawn
-    tokens = subject.tokens(3)
+    tokens = subject.tokens(batch_size)
     expected, _ = contract.decode(eager, tokens, segments)
     got, state = contract.decode(fast, tokens, segments)
     contract.assert_same(got, expected, "steps")

@@ -528,9 +528,10 @@ def authors_scan(
     return y + D[:, None] * x, last
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("segments", [(4,), (1, 70, 65, 3), (64, 64)])
 def test_a_long_prompt_on_the_fast_paths_is_the_eager_one(
-    segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    segments: tuple[int, ...], batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state goes from one way of reading to the other; S is handed over in float32."""
     module = types.SimpleNamespace(mamba_chunk_scan_combined=authors_scan)
@@ -538,7 +539,7 @@ def test_a_long_prompt_on_the_fast_paths_is_the_eager_one(
     monkeypatch.setattr(mamba2, "upstream_gate", lambda mixer, y, z: mixer.norm(y * F.silu(z)))
     monkeypatch.setattr(mamba2, "import_mamba_ssm", lambda: None)
     reference_kernels.install(monkeypatch, mamba2)
-    model, tokens = tiny(), tokens_of(3, sum(segments) + 3)
+    model, tokens = tiny(), tokens_of(batch_size, sum(segments) + 3)
     expected, exact = contract.decode(model, tokens, segments)
     monkeypatch.setattr(model, "decode_path", "cuda_graph")
     got, state = contract.decode(model, tokens, segments)

@@ -3,6 +3,7 @@
 import json
 import time
 
+import contract
 import pytest
 import torch
 
@@ -291,3 +292,39 @@ def test_an_unknown_budget_is_named() -> None:
 def test_planning_allocates_no_weights() -> None:
     model = predict._meta_model("dense-2d", "eager", "eager", "bfloat16")
     assert {p.device for p in model.parameters()} == {torch.device("meta")}
+
+
+# --- the floor of a prompt ------------------------------------------------------------------------
+
+DEEP = [
+    "dense:num_layers=3,width=64,vocab_size=97",
+    "sparse:num_layers=4,stride=4,width=64,vocab_size=97",
+    "sliding_window:num_layers=3,window=6,width=64,vocab_size=97",
+    "sliding_window:num_layers=3,window=64,width=64,vocab_size=97",
+    "based:pattern=clscl,window=5,width=64,feature_dim=4,num_heads=2,vocab_size=97",
+    "based:pattern=clcs,window=5,width=64,feature_dim=4,num_heads=2,vocab_size=97",
+    "gated_deltanet:num_layers=3,num_heads=2,key_width=16,value_width=32,width=64,vocab_size=97",
+    "gated_deltanet:num_layers=4,hybrid=true,window=6,num_heads=2,key_width=16,value_width=32,"
+    "width=64,vocab_size=97",
+    "mamba2:num_layers=3,headdim=16,d_state=16,width=64,vocab_size=97",
+]
+
+
+@pytest.mark.parametrize("text", DEEP, ids=range(len(DEEP)))
+def test_every_token_must_pass_the_blocks_that_a_prompts_floor_counts(text: str) -> None:
+    """The last logits depend on what each token is after those blocks: none could be skipped."""
+    model = contract.randomise(build(parse(text), dtype="float64"))
+    num_tokens, seen = 40, {}
+    for index, block in enumerate(model.blocks):
+        norm = next(module for module in block.modules() if isinstance(module, torch.nn.RMSNorm))
+        norm.register_forward_pre_hook(
+            lambda _, inputs, index=index: seen.update({index: inputs[0]})
+        )
+    tokens = torch.randint(0, 97, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens)[0, -1]
+    passed = model.blocks_passed(num_tokens)
+    assert 0 <= passed < len(model.blocks)
+    (gradient,) = torch.autograd.grad(logits.sum(), seen[passed])  # (1, t, d), of what block reads
+    assert gradient[0].any(-1).all() or passed == 0
+    if parse(text).name != "sliding_window":  # where a window is shorter than the prompt
+        assert passed > 0

@@ -91,7 +91,8 @@ def patterns(rows: pd.DataFrame) -> list[str]:
     for _, row in rows.sort_values("seq_len", kind="stable").iterrows():
         for field in ("stride", "window"):
             size = row.get(f"config.{field}")
-            if pd.notna(size) and row.get("config.hybrid") not in (False,):  # GDN has no use for it
+            unused = row.get("config.hybrid") in (False,)  # GDN's window; numpy's False, too
+            if pd.notna(size) and not unused:
                 sizes.setdefault((row["label"], field), {})[int(size)] = None
     found = [
         f"{label} {field} {', '.join(map(str, each))}"

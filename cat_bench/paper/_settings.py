@@ -147,7 +147,7 @@ def arch_text(name: str, scale: str, seq_len: int) -> str:
 
 def _half(seq_len: int) -> int:
     """Half of 1024, and of 1032: the few new tokens after a long prompt change no window."""
-    return 1 << ((seq_len // 2).bit_length() - 1)
+    return 1 << max(0, (seq_len // 2).bit_length() - 1)
 
 
 def _info(name: str) -> spec.ArchitectureInfo:

@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_bench import cat, graph
+from cat_bench import cat, graph, spec
+from cat_bench.architecture import build
+from cat_bench.generate import greedy
 
 pytestmark = pytest.mark.gpu
-pytest.importorskip("triton")
+kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
+vector_kernels = pytest.importorskip("cat_bench.vector_kernels")
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SHAPES = [(97, 64), (2048, 2048), (2048, 5632), (6144, 2048), (3000, 700)]  # outputs, inputs
@@ -98,3 +101,27 @@ def test_a_chain_of_early_launches_keeps_its_order() -> None:
         normed = F.rms_norm(slow, (256,), norm.weight.double(), 1e-3)
         slow = slow + normed @ weight.T @ weight.T
     assert error(expected, slow.float()) < 1e-4
+
+
+@pytest.mark.parametrize("text", ["dense", "cat-8", "gdn-h1", "mamba2", "based"])
+def test_early_launch_changes_no_bit(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 captured steps of one sequence: whoever read too early would read the step before."""
+    info = spec.describe(spec.parse(text).name)
+    if info.missing("cuda_graph") is not None:
+        pytest.skip(f"needs the package {info.requires['cuda_graph']}")
+    token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+    tokens = []
+    for options in (kernels.early_launch(), {"EARLY": False}):
+        monkeypatch.setattr(kernels, "early_launch", lambda options=options: options)
+        monkeypatch.setattr(vector_kernels, "early_launch", lambda options=options: options)
+        model = build(spec.parse(text), "cuda_graph", "cuda", "bfloat16")
+        tokens.append(greedy(model, token, 300))
+    assert torch.equal(*tokens)
+
+
+def test_a_norm_without_eps_takes_that_of_its_dtype() -> None:
+    x, norm = random(2, 64, dtype=torch.float32) * 1e-3, nn.RMSNorm(64, device="cuda")
+    weight = random(32, 64, dtype=torch.float32)
+    expected = norm(x) @ weight.T
+    for rows in (x, x[:1]):
+        assert error(graph.norm_linear(rows, norm, weight), expected[: len(rows)]) < 1e-5
