@@ -8,7 +8,7 @@ that needs it, so that `--help` and `list` answer at once, without torch and pan
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -375,11 +375,12 @@ def paper(
         return
     sweeps: list[tuple[store.Run, Summary]] = []
     name = scale if exhibit == "all" else f"{exhibit.replace(',', '-')}-{scale}"
+    names = _exhibit_names(exhibit)
     chosen = _chosen(
-        scale, only, _counts("--batch-size", batch_size), _counts("--seq-len", seq_len)
+        names, scale, only, _counts("--batch-size", batch_size), _counts("--seq-len", seq_len)
     )
     measure = _measure_missing(results, name, sweeps, chosen) if wanted else None
-    built = _build.build(_exhibit_names(exhibit), scale, results, measure)
+    built = _build.build(names, scale, results, measure)
     for text in built.skipped:
         _warn(text)
     if as_json:
@@ -861,18 +862,24 @@ def _exhibit_names(asked: str) -> list[str]:
 
 
 def _chosen(
+    exhibits: Sequence[str],
     scale: str,
     only: str | None,
     batch_sizes: tuple[int, ...] | None,
     seq_lens: tuple[int, ...] | None,
 ) -> Callable[[Case], bool]:
-    """Whether a case is one of those that the flags of `paper` ask for."""
-    from cat_bench.paper import _settings
+    """Whether a case is one of those that the flags of `paper` ask for.
+
+    An exhibit may export an `arch_text` of its own, where its cases are no models of full size.
+    """
+    from cat_bench.paper import _build, _settings
 
     names = None if only is None else only.split(",")
+    modules = [_build.exhibit(exhibit) for exhibit in exhibits]
+    texts = [getattr(module, "arch_text", _settings.arch_text) for module in modules]
 
     def is_chosen(case: Case) -> bool:
-        archs = {_settings.arch_text(name, scale, case.seq_len) for name in names or ()}
+        archs = {text(name, scale, case.seq_len) for name in names or () for text in texts}
         return (
             (names is None or case.arch in archs)
             and (batch_sizes is None or case.batch_size in batch_sizes)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cat_bench import cli, runner, store
+from cat_bench import cli, runner, spec, store
 from cat_bench.case import Case
 from cat_bench.paper import _settings
 
@@ -387,6 +387,15 @@ def test_paper_on_a_gpu_measures_the_drift_reference(cat_bench: Cli, results_fol
         assert (case.scale, case.device, case.dtype) == ("h100", "cuda", "bfloat16")
     shapes = [(case.arch, case.batch_size) for case in planned if not is_reference(case)]
     assert len(shapes) == num_cases and shapes != sorted(shapes)  # still in random order
+
+
+@pytest.mark.usefixtures("planned_only")
+def test_only_finds_the_small_models_of_the_attention_exhibit(cat_bench: Cli, results_folder: Path):
+    cat_bench("paper", "attention", "--scale", "h100", "--run", "--only", "cat-16,dense")
+    planned = store.find(results_folder, "attention-h100").cases().values()
+    archs = {spec.parse(case.arch).name for case in planned if not is_reference(case)}
+    widths = {spec.parse(case.arch).overrides.get("width") for case in planned}
+    assert archs == {"cat", "dense"} and widths == {None}  # no dense-2d
 
 
 @pytest.mark.usefixtures("planned_only")

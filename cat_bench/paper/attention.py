@@ -54,7 +54,7 @@ def plan(scale: str) -> list[Case]:
     return [
         Case(
             suite="attention",
-            arch=_arch_text(name, scale, seq_len),
+            arch=arch_text(name, scale, seq_len),
             batch_size=max(1, TOKENS // seq_len) if on_gpu else chosen.batch_size,
             prompt_len=seq_len,
             seq_len=seq_len,
@@ -71,7 +71,7 @@ def plan(scale: str) -> list[Case]:
     ]
 
 
-def _arch_text(name: str, scale: str, seq_len: int) -> str:
+def arch_text(name: str, scale: str, seq_len: int) -> str:
     """One layer and few words of it; at scale smoke narrow, too."""
     one = parse(_settings.arch_text(name, scale, seq_len))
     changed = {**one.overrides, **SMALL}
