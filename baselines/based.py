@@ -342,10 +342,10 @@ class LinearLayer(Layer):
     fast_mix = mix
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
-        from cat_bench import kernels
+        from cat_bench import recurrent_kernels
 
         q, k, v = self.enter_step(x).split(self.parts, dim=-1)
-        return finish_block(self, x, kernels.taylor_step(q, k, v, *cache))
+        return finish_block(self, x, recurrent_kernels.taylor_step(q, k, v, *cache))
 
 
 class WindowLayer(Block):
@@ -394,16 +394,16 @@ class ConvLayer(Layer):
         return y * gate
 
     def fast_mix(self, both: Tensor, call: Call, cache: Tensor) -> Tensor:
-        from cat_bench import kernels
+        from cat_bench import recurrent_kernels
 
         u, gate = both.chunk(2, dim=-1)
-        return kernels.conv_rows(u, cache, self.taps).mul_(gate)
+        return recurrent_kernels.conv_rows(u, cache, self.taps).mul_(gate)
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: Tensor) -> Tensor:
-        from cat_bench import kernels
+        from cat_bench import recurrent_kernels
 
         u, gate = self.enter_step(x).chunk(2, dim=-1)
-        return finish_block(self, x, kernels.conv_step(u, cache, self.taps).mul_(gate))
+        return finish_block(self, x, recurrent_kernels.conv_step(u, cache, self.taps).mul_(gate))
 
 
 LAYERS = {"c": ConvLayer, "l": LinearLayer, "s": WindowLayer}

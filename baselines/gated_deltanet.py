@@ -553,12 +553,12 @@ def fast_delta_block(block: DeltaBlock, x: Tensor, memory: Memory) -> Tensor:
 
 def delta_block_step(block: DeltaBlock, x: Tensor, memory: Memory, rule: Rule) -> Tensor:
     """The same for one token per sequence, x (b, d)."""
-    from cat_bench import kernels
+    from cat_bench import recurrent_kernels
 
     mixer = block.mixer
     new, gate, a, b = fast_projections(block, x)
     kernel = packed(mixer.kernels())[: new.shape[1], 0]
-    qkv = kernels.conv_step(new, memory.inputs, kernel, silu=True)
+    qkv = recurrent_kernels.conv_step(new, memory.inputs, kernel, silu=True)
     return finish_block(block, x, rule(mixer, qkv, gate, a, b, memory.matrix))
 
 
@@ -582,10 +582,10 @@ def in_place_rule(
     mixer: GatedDeltaNet, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, matrix: Tensor
 ) -> Tensor:
     """qkv (b, n), gate (b, h e), a b (b, h), not yet gates -> (b, h e); `matrix` moves on."""
-    from cat_bench import kernels
+    from cat_bench import recurrent_kernels
 
-    o = kernels.delta_step(qkv, a, b, mixer.A_log, mixer.dt_bias, matrix)
-    return kernels.gated_rms_norm(o, gate, mixer.o_norm.weight, mixer.o_norm.eps)
+    o = recurrent_kernels.delta_step(qkv, a, b, mixer.A_log, mixer.dt_bias, matrix)
+    return recurrent_kernels.gated_rms_norm(o, gate, mixer.o_norm.weight, mixer.o_norm.eps)
 
 
 def upstream_rule(

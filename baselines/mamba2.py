@@ -24,8 +24,7 @@ Their scan multiplies float32 in TF32 and their softplus is log(1 + exp): 1e-3 o
                              convolution and their gated norm
              upstream_graph  the same, with the step of a token captured as one CUDA graph
              cuda_graph      prompt: the same, a short one token by token; token: our own state
-                             update (kernels.ssm_step), which reads and writes S once and holds the
-                             gate, captured
+                             update, which reads and writes S once and holds the gate, captured
 `upstream_generate` is mamba-ssm's whole model with its own loop, as a reference for ours.
 
 Shapes: b batch, t tokens, d width, i inner width (expand d), h heads, e head width, n d_state,
@@ -425,13 +424,13 @@ def upstream_read(block: Block, x: Tensor, columns: Tensor, matrix: Tensor) -> T
     """
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    from cat_bench import kernels
+    from cat_bench import recurrent_kernels
 
     mixer, c, rows = block.mixer, block.mixer.config, x.flatten(0, 1)
     parts = mixer.in_proj(rms_norm(rows, block.norm)).unflatten(0, x.shape[:2])
     z, xbc, dt = parts.split(mixer.parts, dim=-1)
     filters = mixer.conv1d.weight[:, 0]  # (m, w)
-    xbc = kernels.conv_rows(xbc, columns, filters, mixer.conv1d.bias, silu=True)
+    xbc = recurrent_kernels.conv_rows(xbc, columns, filters, mixer.conv1d.bias, silu=True)
     inner, key, query = xbc.split([c.inner_width, c.d_state, c.d_state], dim=-1)
     y, last = mamba_chunk_scan_combined(
         inner.unflatten(-1, (c.num_heads, c.headdim)),
@@ -455,13 +454,13 @@ def fused_step(block: Block, x: Tensor, _: Tensor, columns: Tensor, matrix: Tens
     """A block for one token on this project's kernels: x (b, d) is changed in place and returned,
     as are columns and matrix.
     """
-    from cat_bench import kernels
+    from cat_bench import recurrent_kernels
 
     mixer = block.mixer
     z, xbc, dt = norm_linear(x, block.norm, mixer.in_proj.weight).split(mixer.parts, dim=-1)
     filters = mixer.conv1d.weight[:, 0]  # (m, w)
-    xbc = kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
-    y = kernels.ssm_step(xbc, dt, z, mixer.A_log, mixer.dt_bias, mixer.D, matrix)
+    xbc = recurrent_kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
+    y = recurrent_kernels.ssm_step(xbc, dt, z, mixer.A_log, mixer.dt_bias, mixer.D, matrix)
     return add_linear_(x, y, mixer.out_proj.weight, mixer.norm)
 
 
@@ -474,13 +473,13 @@ def upstream_step(
     """
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    from cat_bench import kernels
+    from cat_bench import recurrent_kernels
 
     mixer, c = block.mixer, block.mixer.config
     e, n = c.headdim, c.d_state
     z, xbc, dt = norm_linear(x, block.norm, mixer.in_proj.weight).split(mixer.parts, dim=-1)
     filters = mixer.conv1d.weight[:, 0]  # (m, w)
-    xbc = kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
+    xbc = recurrent_kernels.conv_step(xbc, columns, filters, mixer.conv1d.bias, silu=True)
     inner, key, query = xbc.split([c.inner_width, n, n], dim=-1)
     y = selective_state_update(
         matrix,

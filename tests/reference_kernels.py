@@ -1,7 +1,7 @@
 """The references of our kernels under the kernels' own names: fast paths without a GPU.
 
-`install` puts them in the place of cat_bench.kernels and cat_bench.vector_kernels, which need
-Triton, and leaves the captured step of one architecture's module uncaptured.
+`install` puts them in the place of the modules that need Triton, and leaves the captured step of
+one architecture's module uncaptured.
 """
 
 import sys
@@ -68,19 +68,22 @@ class Uncaptured:
 
 def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     kernels = SimpleNamespace(
+        decode_attention=decode_attention, rms_norm=rms_norm, rotate_=rotate_, swiglu=swiglu
+    )
+    recurrent_kernels = SimpleNamespace(
         conv_rows=graph.conv_rows_reference,
         conv_step=graph.conv_step_reference,
-        decode_attention=decode_attention,
         delta_step=graph.delta_step_reference,
         gated_rms_norm=graph.gated_rms_norm_reference,
-        rms_norm=rms_norm,
-        rotate_=rotate_,
         ssm_step=graph.ssm_step_reference,
-        swiglu=swiglu,
         taylor_step=graph.taylor_step_reference,
     )
     vector_kernels = SimpleNamespace(linear=vector_linear, swiglu=vector_swiglu)
-    for name, stand_in in (("kernels", kernels), ("vector_kernels", vector_kernels)):
+    for name, stand_in in (
+        ("kernels", kernels),
+        ("recurrent_kernels", recurrent_kernels),
+        ("vector_kernels", vector_kernels),
+    ):
         monkeypatch.setitem(sys.modules, f"cat_bench.{name}", stand_in)
         monkeypatch.setattr(cat_bench, name, stand_in, raising=False)
     monkeypatch.setattr(module, "CapturedStep", Uncaptured)

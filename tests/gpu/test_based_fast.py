@@ -61,7 +61,7 @@ def random_tokens(batch_size: int, num_tokens: int) -> Tensor:
 def test_taylor_step_equals_its_reference(
     batch_size: int, num_heads: int, feature_dim: int, width: int, dtype: torch.dtype
 ) -> None:
-    from cat_bench import kernels
+    from cat_bench import recurrent_kernels
 
     b, h, f, e = batch_size, num_heads, feature_dim, width
     shape = (b, h, 1 + f + f * f)
@@ -73,7 +73,7 @@ def test_taylor_step_equals_its_reference(
         packed = torch.randn(b, h * (2 * f + e), generator=generator, device="cuda").to(dtype)
         q, k, v = packed.split([h * f, h * f, h * e], dim=-1)  # strided, as in the step
         y, y_ref = (
-            kernels.taylor_step(q, k, v, *got),
+            recurrent_kernels.taylor_step(q, k, v, *got),
             graph.taylor_step_reference(q, k, v, *expected),
         )
         assert contract.relative_norm(y, y_ref) < (1e-5 if dtype == torch.float32 else 5e-3)

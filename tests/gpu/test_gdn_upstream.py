@@ -148,7 +148,7 @@ def test_prefill_in_segments(config: gdn.Config, path: str, segments: tuple[int,
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_step_kernels_equal_their_references(dtype: str) -> None:
-    from cat_bench import graph, kernels
+    from cat_bench import graph, recurrent_kernels
 
     torch.manual_seed(0)
     b, h, p, e = 5, 6, 128, 256
@@ -161,9 +161,9 @@ def test_step_kernels_equal_their_references(dtype: str) -> None:
     with torch.no_grad():
         gates = (a, beta, mixer.A_log, mixer.dt_bias)
         expected = graph.delta_step_reference(qkv, *gates, expected_matrix)
-        got = kernels.delta_step(qkv, *gates, matrix)
+        got = recurrent_kernels.delta_step(qkv, *gates, matrix)
         norm = (gate, mixer.o_norm.weight, 1e-5)
-        normed = kernels.gated_rms_norm(expected, *norm)
+        normed = recurrent_kernels.gated_rms_norm(expected, *norm)
         expected_normed = graph.gated_rms_norm_reference(expected, *norm)
     assert contract.relative_norm(matrix, expected_matrix) < 1e-6
     assert contract.relative_norm(got, expected) < 1e-5

@@ -37,7 +37,9 @@ def test_convolution_of_whole_sequences(
     dtype: torch.dtype, activated: bool, batch_size: int, num_tokens: int, channels: int, width: int
 ) -> None:
     """Inputs are columns of a wider matmul, filters those of a Conv1d; the window moves on."""
-    kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
+    recurrent_kernels = pytest.importorskip(
+        "cat_bench.recurrent_kernels", reason="needs the package triton"
+    )
     torch.manual_seed(0)
     wide = torch.randn(batch_size, num_tokens, channels + 24, device="cuda").to(dtype)
     new = wide[:, :, 8 : 8 + channels]
@@ -45,7 +47,7 @@ def test_convolution_of_whole_sequences(
     weight = torch.randn(channels, 1, width, device="cuda").to(dtype)[:, 0]
     bias = torch.randn(channels, device="cuda").to(dtype) if activated else None
     inputs, expected_inputs = window_before.clone(), window_before.float()
-    got = kernels.conv_rows(new, inputs, weight, bias, activated)
+    got = recurrent_kernels.conv_rows(new, inputs, weight, bias, activated)
     expected = graph.conv_rows_reference(
         new.float(), expected_inputs, weight.float(), None if bias is None else bias.float(),
         activated,
@@ -57,13 +59,15 @@ def test_convolution_of_whole_sequences(
 
 def test_convolution_of_more_numbers_than_32_bits_address() -> None:
     """A prompt of 2 x 524,293 tokens of Mamba2; 10 GB."""
-    kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
+    recurrent_kernels = pytest.importorskip(
+        "cat_bench.recurrent_kernels", reason="needs the package triton"
+    )
     torch.manual_seed(0)
     new = torch.empty(2, 2**19 + 5, 2304, device="cuda", dtype=torch.bfloat16).normal_()
     assert new.numel() > 2**31
     weight = torch.randn(2304, 4, device="cuda", dtype=torch.bfloat16)
-    got = kernels.conv_rows(new, new.new_zeros(2, 4, 2304), weight)
-    tail = kernels.conv_rows(new[:, -8:], new[:, -12:-8].clone(), weight)
+    got = recurrent_kernels.conv_rows(new, new.new_zeros(2, 4, 2304), weight)
+    tail = recurrent_kernels.conv_rows(new[:, -8:], new[:, -12:-8].clone(), weight)
     assert torch.equal(got[:, -8:], tail)
 
 
