@@ -293,11 +293,13 @@ def worker_process(*arguments: str) -> tuple[list[str], dict[str, str]]:
     """Command and environment variables of a fresh process that imports what this one imports.
 
     Its search path is this process's, in the same order, and not the current folder (-P). A crash
-    in native code leaves a traceback on stderr (faulthandler).
+    in native code leaves a traceback on stderr (faulthandler). What Triton tunes is kept on disk,
+    else every case on upstream's kernels would tune them anew, 10 to 40 s each.
     """
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "cat_bench.worker", *arguments]
     search_path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    return command, {**os.environ, "PYTHONPATH": search_path}
+    kept = {"TRITON_CACHE_AUTOTUNING": "1"}  # the user's own setting comes after it
+    return command, {**kept, **os.environ, "PYTHONPATH": search_path}
 
 
 # --- doctor --------------------------------------------------------------------------------------

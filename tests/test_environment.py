@@ -338,3 +338,14 @@ def test_doctor_says_which_paths_are_ready(monkeypatch, tmp_path):
 def test_doctor_warns_of_a_full_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**29))
     assert environment._check_disk(tmp_path).status == "warn"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "1"), ("0", "0")])
+def test_workers_keep_what_triton_tunes(
+    own: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_AUTOTUNING", raising=False)
+    if own is not None:
+        monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", own)
+    _, variables = environment.worker_process("measure")
+    assert variables["TRITON_CACHE_AUTOTUNING"] == expected
