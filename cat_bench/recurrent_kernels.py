@@ -1,6 +1,6 @@
 """Triton kernels of recurrent layers: short convolutions, Taylor linear attention, the gated delta
 rule, Mamba-2. The state is read once and written once, in place, in one launch; each kernel's
-reference is in graph.py.
+reference is in graph.py. A state is older than the kernel before, so it may be read early.
 
 Shapes: b batch, t tokens, h heads, w window of a convolution, m channels; others stand at each.
 """
@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cat_bench.kernels import early_launch, gdc_release, gdc_wait
 
 
 def conv_step(
@@ -25,7 +27,7 @@ def conv_step(
     _conv_step_kernel[(batch_size, triton.cdiv(channels, 1024))](
         new, inputs, weight, weight if bias is None else bias, out, channels,
         new.stride(0), weight.stride(0),
-        WIDTH=width, BIAS=bias is not None, SILU=silu, BLOCK=1024,
+        WIDTH=width, BIAS=bias is not None, SILU=silu, BLOCK=1024, **early_launch(),
     )  # fmt: skip
     return out
 
@@ -34,7 +36,11 @@ def conv_step(
 def _conv_step_kernel(
     new_ptr, inputs_ptr, weight_ptr, bias_ptr, out_ptr, channels, new_stride, weight_stride,
     WIDTH: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     row = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = m < channels
@@ -132,6 +138,7 @@ def taylor_step(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) ->
         q, k, v, sums, norms, out, q.stride(0), k.stride(0), v.stride(0), feature_dim**-0.25,
         HEADS=num_heads, F=feature_dim, E=width, F_PAD=f_pad, E_PAD=e_pad, STAGES=TAYLOR_STAGES,
         num_warps=max(1, min(16, f_pad * e_pad // 1024)),  # 32 sums a thread: 8 loads of 16 bytes
+        **early_launch(),
     )  # fmt: skip
     return out
 
@@ -140,7 +147,7 @@ def taylor_step(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) ->
 def _taylor_step_kernel(
     q_ptr, k_ptr, v_ptr, sums_ptr, norms_ptr, out_ptr, q_stride, k_stride, v_stride, scale,
     HEADS: tl.constexpr, F: tl.constexpr, E: tl.constexpr, F_PAD: tl.constexpr,
-    E_PAD: tl.constexpr, STAGES: tl.constexpr,
+    E_PAD: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence.
 
@@ -157,6 +164,9 @@ def _taylor_step_kernel(
     j, e = tl.arange(0, F_PAD), tl.arange(0, E_PAD)
     in_f, in_e = j < F, e < E
     inside = in_f[:, None] & in_e
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     q = tl.load(q_ptr + j, mask=in_f, other=0.0).to(tl.float32) * scale
     k = tl.load(k_ptr + j, mask=in_f, other=0.0).to(tl.float32) * scale
     v = tl.load(v_ptr + b * v_stride + head * E + e, mask=in_e, other=0.0).to(tl.float32)
@@ -208,7 +218,7 @@ def delta_step(
     _delta_step_kernel[(batch_size * num_heads * blocks,)](
         qkv, a, b, A_log, dt_bias, matrix, out, qkv.stride(0), a.stride(0), b.stride(0),
         HEADS=num_heads, P=key_width, E=value_width, KEYS=triton.next_power_of_2(key_width),
-        BLOCK=block, BLOCKS=blocks, num_warps=DELTA_WARPS,
+        BLOCK=block, BLOCKS=blocks, num_warps=DELTA_WARPS, **early_launch(),
     )  # fmt: skip
     return out
 
@@ -217,7 +227,7 @@ def delta_step(
 def _delta_step_kernel(
     qkv_ptr, a_ptr, b_ptr, rate_ptr, bias_ptr, matrix_ptr, out_ptr, qkv_stride, a_stride, b_stride,
     HEADS: tl.constexpr, P: tl.constexpr, E: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence, BLOCK columns of its memory, which lie in registers."""
     memory = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -227,6 +237,9 @@ def _delta_step_kernel(
     inside = (p < P)[:, None] & (e < E)[None, :]
     matrix_ptr += memory * (P * E) + p[:, None] * E + e[None, :]
     matrix = tl.load(matrix_ptr, mask=inside, other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     qkv_ptr += row * qkv_stride
     q = _unit_vector(qkv_ptr + head * P + p, p < P) / tl.sqrt(P * 1.0)
     k = _unit_vector(qkv_ptr + (HEADS + head) * P + p, p < P)
@@ -270,6 +283,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     _gated_rms_norm_kernel[(batch_size * num_heads,)](
         x, gate, weight, out, gate.stride(0), eps,
         HEADS=num_heads, E=width, BLOCK=triton.next_power_of_2(width), num_warps=1,
+        **early_launch(),
     )  # fmt: skip
     return out
 
@@ -277,8 +291,11 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 @triton.jit
 def _gated_rms_norm_kernel(
     x_ptr, gate_ptr, weight_ptr, out_ptr, gate_stride, eps,
-    HEADS: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     here = tl.program_id(0).to(tl.int64)
     row, head = here // HEADS, here % HEADS
     e = tl.arange(0, BLOCK)
@@ -311,7 +328,7 @@ def ssm_step(
     _ssm_step_kernel[(batch_size * num_heads * blocks,)](
         xbc, dt, z, A_log, dt_bias, D, matrix, out, xbc.stride(0), dt.stride(0), z.stride(0),
         HEADS=num_heads, E=width, N=num_states, STATES=triton.next_power_of_2(num_states),
-        BLOCK=block, BLOCKS=blocks, num_warps=SSM_WARPS,
+        BLOCK=block, BLOCKS=blocks, num_warps=SSM_WARPS, **early_launch(),
     )  # fmt: skip
     return out
 
@@ -321,7 +338,7 @@ def _ssm_step_kernel(
     xbc_ptr, dt_ptr, z_ptr, rate_ptr, bias_ptr, skip_ptr, matrix_ptr, out_ptr,
     xbc_stride, dt_stride, z_stride,
     HEADS: tl.constexpr, E: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence, BLOCK rows of its S, which lie in registers."""
     memory = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -331,6 +348,9 @@ def _ssm_step_kernel(
     inside = (e < E)[:, None] & (n < N)[None, :]
     matrix_ptr += memory * (E * N) + e[:, None] * N + n[None, :]
     matrix = tl.load(matrix_ptr, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_release()
     xbc_ptr += row * xbc_stride
     x = tl.load(xbc_ptr + head * E + e, mask=e < E, other=0.0).to(tl.float32)
     key = tl.load(xbc_ptr + HEADS * E + n, mask=n < N, other=0.0).to(tl.float32)

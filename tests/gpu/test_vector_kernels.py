@@ -11,6 +11,7 @@ from cat_bench.generate import greedy
 
 pytestmark = pytest.mark.gpu
 kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
+recurrent_kernels = pytest.importorskip("cat_bench.recurrent_kernels")
 vector_kernels = pytest.importorskip("cat_bench.vector_kernels")
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -112,8 +113,8 @@ def test_early_launch_changes_no_bit(text: str, monkeypatch: pytest.MonkeyPatch)
     token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
     tokens = []
     for options in (kernels.early_launch(), {"EARLY": False}):
-        monkeypatch.setattr(kernels, "early_launch", lambda options=options: options)
-        monkeypatch.setattr(vector_kernels, "early_launch", lambda options=options: options)
+        for module in (kernels, recurrent_kernels, vector_kernels):
+            monkeypatch.setattr(module, "early_launch", lambda options=options: options)
         model = build(spec.parse(text), "cuda_graph", "cuda", "bfloat16")
         tokens.append(greedy(model, token, 300))
     assert torch.equal(*tokens)
