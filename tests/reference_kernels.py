@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import cat_bench
 from cat_bench import graph
 from cat_bench.blocks import Rope, rotate
+from cat_bench.cat import chunk_rows_reference
+from cat_bench.short_attention import short_attention_reference
 
 
 def decode_attention(
@@ -56,19 +58,32 @@ def vector_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
 class Uncaptured:
     """CapturedStep without a graph; it runs the step beforehand too, as capturing does."""
 
+    graph = SimpleNamespace(pool=lambda: None)
+
     def __init__(
-        self, run: Callable, batch_size: int, device: torch.device, end: int | None = None
+        self,
+        run: Callable,
+        batch_size: int,
+        device: torch.device,
+        first_row: int = 0,
+        pool: None = None,
+        end: int | None = None,
     ) -> None:
         self.run = torch.no_grad()(run)
-        self(torch.zeros(batch_size, dtype=torch.int64), 0)
+        self(torch.zeros(batch_size, dtype=torch.int64), first_row)
 
-    def __call__(self, token: Tensor, row: int) -> Tensor:
-        return self.run(token, torch.full_like(token, row))
+    def __call__(self, token: Tensor, row: int | Tensor) -> Tensor:
+        return self.run(token, torch.full_like(token, row) if isinstance(row, int) else row)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     kernels = SimpleNamespace(
-        decode_attention=decode_attention, rms_norm=rms_norm, rotate_=rotate_, swiglu=swiglu
+        chunk_rows=chunk_rows_reference,
+        decode_attention=decode_attention,
+        rms_norm=rms_norm,
+        rotate_=rotate_,
+        short_attention=short_attention_reference,
+        swiglu=swiglu,
     )
     recurrent_kernels = SimpleNamespace(
         conv_rows=graph.conv_rows_reference,

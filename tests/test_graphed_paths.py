@@ -1,0 +1,61 @@
+"""The decode path `cuda_graph` of attention over a cache, on the references of its kernels: what
+stands between the kernels (rows, places, order, reset) needs no GPU to be wrong.
+"""
+
+from functools import partial
+
+import contract
+import pytest
+import reference_kernels
+import torch
+from contract import Subject
+
+from baselines import sparse
+from cat_bench import cat, language_model
+from cat_bench.chunk_attention import chunk_attention
+
+SUBJECTS = [
+    subject
+    for name in ("cat", "dense", "sparse", "sliding_window")
+    for subject in contract.subjects_of(name)
+]
+
+
+@pytest.fixture(autouse=True)
+def on_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cat, language_model):
+        reference_kernels.install(monkeypatch, module)
+    strided = partial(chunk_attention, summary="last", implementation="two_part")
+    monkeypatch.setattr(
+        sparse, "fused_attention", lambda stride: partial(strided, chunk_size=stride)
+    )
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.label)
+@pytest.mark.parametrize("batch_size", [1, 3])  # one sequence has kernels of its own
+@pytest.mark.parametrize("segments", [(1,), (4,), (3, 8), (17,)])
+def test_graphed_step_equals_eager(
+    subject: Subject, batch_size: int, segments: tuple[int, ...]
+) -> None:
+    eager, fast = subject.model(), subject.model(decode_path="cuda_graph")
+    tokens = subject.tokens(batch_size)
+    expected, _ = contract.decode(eager, tokens, segments)
+    got, state = contract.decode(fast, tokens, segments)
+    contract.assert_same(got, expected, "steps")
+    got, _ = contract.decode(fast, tokens, segments, fast.reset(state))
+    contract.assert_same(got, expected, "steps after a reset")
+
+
+@pytest.mark.parametrize(
+    "subject", [s for s in SUBJECTS if s.label.startswith("cat")], ids=lambda s: s.label
+)
+@torch.no_grad()
+def test_graphed_ragged_batches_equal_rows_alone(subject: Subject) -> None:
+    eager, fast = subject.model(), subject.model(decode_path="cuda_graph")
+    lengths = torch.tensor([1, 2, 3, 4, 7, 12])
+    tokens = subject.tokens(6)
+    padded = tokens[:, :12].masked_fill(torch.arange(12) >= lengths[:, None], 0)
+    got = contract.ragged_decode(fast, tokens, padded, lengths, num_steps=9)
+    positions = lengths[:, None] - 1 + torch.arange(10)
+    alone = eager.forward(tokens)[torch.arange(6)[:, None], positions]
+    contract.assert_same(got, alone, "ragged rows")
