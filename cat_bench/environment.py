@@ -294,7 +294,7 @@ def worker_process(*arguments: str) -> tuple[list[str], dict[str, str]]:
 
     Its search path is this process's, in the same order, and not the current folder (-P). A crash
     in native code leaves a traceback on stderr (faulthandler). What Triton tunes is kept on disk,
-    else every case on upstream's kernels would tune them anew, 10 to 40 s each.
+    else every case on upstream's kernels would tune them anew.
     """
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "cat_bench.worker", *arguments]
     search_path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
