@@ -811,13 +811,13 @@ def _exit_after(target: store.Run, summary: "Summary") -> None:
 
 
 def _print_run(target: store.Run, as_json: bool) -> None:
-    from cat_bench import report, tables
+    from cat_bench import measurements, report, tables
 
     if as_json:
-        typer.echo(report.as_json(tables.full_table(tables.frame([target]))))
+        typer.echo(report.as_json(tables.full_table(measurements.frame([target]))))
         return
     typer.echo(report.terminal(tables.run_table(target)))
-    details = tables.details_table(tables.frame([target]))
+    details = tables.details_table(measurements.frame([target]))
     if details is not None:
         typer.echo(f"\n{report.terminal(details)}")
 

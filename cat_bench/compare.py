@@ -14,15 +14,13 @@ import pandas as pd
 
 from cat_bench import stats, store
 from cat_bench.errors import UserError
+from cat_bench.measurements import frame, latency_samples, measured
 from cat_bench.tables import (
     Column,
     Table,
     dense_first,
     digits,
     faster,
-    frame,
-    latency_samples,
-    measured,
     name_of,
     percent,
     table,

@@ -111,7 +111,7 @@ def look(label: str, spare: int = 0) -> Look:
 class Panel(NamedTuple):
     """One axes of an efficiency figure: a quantity over the x axis."""
 
-    value: str  # column of `tables.measured`
+    value: str  # column of `measurements.measured`
     title: str
     label: str
     published: str  # unit of the paper's points: "s" or "GiB"; "": it has none
@@ -154,7 +154,7 @@ def efficiency_figure(
     panels: Sequence[Panel] = ALL_PANELS,
     is_smoke: bool = False,
 ) -> Figure:
-    """`rows` (tables.measured) over `axis`, one panel per quantity, the paper's points beside.
+    """`rows` of measurements.measured over `axis`, a panel per quantity, the paper's points beside.
 
     Smoke rows stand alone: tiny models on a CPU share no axis with the paper's.
     """

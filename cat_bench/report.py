@@ -24,7 +24,8 @@ from tabulate import tabulate
 from cat_bench import store
 from cat_bench.environment import machine_line
 from cat_bench.errors import UserError
-from cat_bench.tables import Table, details_table, faster, frame, full_table, records_table
+from cat_bench.measurements import frame
+from cat_bench.tables import Table, details_table, faster, full_table, records_table
 
 FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import report, store, tables
+from cat_bench import measurements, report, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.compare import compare_table
 from cat_bench.errors import UserError
@@ -98,7 +98,7 @@ def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
     run = make_run(
         tmp_path, rows=[(case(batch_size=64), rows(4e12)), (case(batch_size=128), rows(3e12))]
     )
-    assert list(tables.measured(tables.frame([run]))["floor_share"]) == [0.5, 0.375]
+    assert list(measurements.measured(measurements.frame([run]))["floor_share"]) == [0.5, 0.375]
 
 
 def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> None:
@@ -115,7 +115,9 @@ def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> Non
             *timed(key, 2.0, 1.0),
         ]
 
-    made = tables.details_table(tables.frame([make_run(tmp_path, rows=[(case("cat"), rows)])]))
+    made = tables.details_table(
+        measurements.frame([make_run(tmp_path, rows=[(case("cat"), rows)])])
+    )
     assert made.text.iloc[0].to_dict() == {
         "architecture": "CAT-8", "batch": "256", "length": "1024",
         "TTFT ms": "10.4 [10.4, 10.4]", "step ms mean": "1.25",
@@ -123,7 +125,7 @@ def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> Non
         "inner": "1.00 / 1.00 / 1.00 / 1.00", "boundary": "3.00 / 3.00 / 3.00 / 3.00",
         "boundary %": "12 %", "first 10 %": "1.25", "last 10 %": "1.25",
     }  # fmt: skip
-    assert tables.details_table(tables.frame([make_run(tmp_path, "no-steps")])) is None
+    assert tables.details_table(measurements.frame([make_run(tmp_path, "no-steps")])) is None
 
 
 def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
@@ -160,7 +162,7 @@ def test_dense_of_another_setting_is_no_reference(tmp_path) -> None:
         (case("dense", 1), lambda key: timed(key, 4.0, 12.0)),
         (case("cat", 256), lambda key: timed(key, 2.0, 3.0)),
     ]
-    rows = tables.measured(tables.frame([make_run(tmp_path, rows=rows)]))
+    rows = measurements.measured(measurements.frame([make_run(tmp_path, rows=rows)]))
     assert rows.set_index("label")["speedup"].isna()["CAT-8"]
 
 
@@ -199,7 +201,7 @@ def test_json_and_csv_hold_si_units(tmp_path) -> None:
 
 def test_markdown_golden(tmp_path) -> None:
     columns = (tables.EFFICIENCY_COLUMNS[0], *tables.EFFICIENCY_COLUMNS[3:6])
-    made = tables.table(tables.measured(tables.frame([make_run(tmp_path)])), columns)
+    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
     lines = normal(report.as_markdown(made))
     assert re.sub("-+", "-", lines.pop(1)) == "|:-|-:|-:|-:|"
     assert lines == [
@@ -212,7 +214,7 @@ def test_markdown_golden(tmp_path) -> None:
 
 def test_latex_golden(tmp_path) -> None:
     columns = (tables.EFFICIENCY_COLUMNS[0], *tables.EFFICIENCY_COLUMNS[3:6])
-    made = tables.table(tables.measured(tables.frame([make_run(tmp_path)])), columns)
+    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
     assert report.as_latex(made).strip().splitlines() == [
         r"\begin{tabular}{lrrr}",
         r"\toprule",
@@ -277,7 +279,7 @@ def test_two_dense_of_other_sizes_are_no_reference(tmp_path) -> None:
     run = store.Run.create(tmp_path, "sizes", GPU, cases, resolved)
     for planned in cases:
         run.append(timed(planned.key, 1.0, 1.0))
-    assert "speedup" not in tables.measured(tables.frame([run]))
+    assert "speedup" not in measurements.measured(measurements.frame([run]))
 
 
 def test_case_text_shows_samples_and_environment(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cat_bench import compare, predict, spec, store, tables
+from cat_bench import compare, measurements, predict, spec, store, tables
 from cat_bench.architecture import build, generation_flops
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
@@ -278,7 +278,7 @@ def test_the_table_of_a_run_has_ratios_and_the_forward_path(tmp_path: Path) -> N
     assert text.loc["CAT-8", "vs Dense"] == "3.00x slower [3.00, 3.00]"
     assert text.loc["CAT-8", "vs Dense-2D"] == "1.50x slower [1.50, 1.50]"
     assert text.loc["Dense", "MFU"] == "50 %"
-    assert tables.details_table(tables.frame([made_up(tmp_path, three_cases())])) is None
+    assert tables.details_table(measurements.frame([made_up(tmp_path, three_cases())])) is None
 
 
 @pytest.mark.parametrize("share", [0.94, 1.06])
@@ -299,9 +299,9 @@ def test_a_drift_reference_adds_no_table_of_steps(tmp_path: Path) -> None:
     steps = Record(reference.key, "step_s", 0.1, "s", [0.1] * 9)
     latency = Record(reference.key, "latency_s", 1.0, "s", [1.0] * 5)
     run.append([steps, latency, Record(reference.key, "case", 1.0, "s")])
-    assert tables.details_table(tables.frame([run])) is None
+    assert tables.details_table(measurements.frame([run])) is None
     assert len(tables.run_table(run).text) == 3
-    assert len(tables.full_table(tables.frame([run])).text) == 3
+    assert len(tables.full_table(measurements.frame([run])).text) == 3
 
 
 def test_a_slower_step_is_a_regression(tmp_path: Path) -> None:

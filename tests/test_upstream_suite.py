@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cat_bench import report, tables
+from cat_bench import measurements, report, tables
 from cat_bench.architecture import build
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
@@ -207,7 +207,7 @@ def test_show_prints_the_ratio_and_the_mark_once_per_pair(loops: Run) -> None:
 
 def test_a_report_marks_the_architecture_by_its_worst_shape(tmp_path: Path, loops: Run) -> None:
     efficiency = a_run(tmp_path, "efficiency", {(1, None): timed(1.0), (16, None): timed(1.5)})
-    made = tables.records_table(tables.frame([efficiency, loops]))
+    made = tables.records_table(measurements.frame([efficiency, loops]))
     assert list(made.text["loop ratio [95 % CI]"]) == ["1.10 [1.10, 1.10] underserved"] * 2
     text = report.report_text([efficiency, loops], "table")
     assert text.count("loop ratio [95 % CI]") == 2  # the efficiency table, then upstream's own

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pandas as pd
 
-from cat_bench import figures, report, spec, store, tables
+from cat_bench import figures, measurements, report, spec, store
 from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.paper import _published, _settings
@@ -132,7 +132,7 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
             skipped.append(f"{path.name} is left out: {error.message} {error.hint}".strip())
             continue
         runs.append(run)
-    return tables.frame(runs), runs, tuple(skipped)
+    return measurements.frame(runs), runs, tuple(skipped)
 
 
 def find(records: pd.DataFrame, planned: list[Case]) -> Found:

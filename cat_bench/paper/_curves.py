@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from cat_bench import figures, tables
+from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
 from cat_bench.paper import _published, _settings
 from cat_bench.paper._settings import Content
@@ -52,7 +52,7 @@ def measured(
 ) -> pd.DataFrame:
     """One row per closed case, with the exhibit's labels and its ratios to Dense."""
     lengths = {case.seq_len for case in cases}
-    rows = tables.measured(_settings.relabelled(records, names, scale, lengths))
+    rows = measurements.measured(_settings.relabelled(records, names, scale, lengths))
     if rows.empty:
         return rows
     rows = rows.assign(d_state=rows.get("config.d_state", math.nan))

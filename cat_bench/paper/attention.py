@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from cat_bench import figures, tables
+from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
 from cat_bench.paper import _lines, _settings
 from cat_bench.paper._settings import Content
@@ -92,7 +92,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
 
 def _measured(records: pd.DataFrame) -> pd.DataFrame:
     """Shortest first, then Dense, Dense-2D and the implementations in the plan's order."""
-    rows = tables.measured(records)
+    rows = measurements.measured(records)
     if rows.empty:
         return rows
     order = [name for names in reversed(IMPLEMENTATIONS.values()) for name in names]

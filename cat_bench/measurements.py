@@ -1,0 +1,263 @@
+"""Rows of a store -> one row per closed case, with what follows from its samples. No torch.
+
+Intervals, ratios to Dense, loop ratios, peaks and shares of a floor; SI units throughout. tables.py
+prints them, figures.py and the exhibits draw them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cat_bench import stats, store
+from cat_bench.environment import machine_line
+
+SETTINGS = ("autocast", "checkpoint")  # of Case.settings: those that make another measurement
+SAME_SETTING = [
+    *("suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"),
+    *SETTINGS,
+]
+MEMORY_RATIOS = {
+    "memory_ratio": "peak_bytes",
+    "allocated_ratio": "peak_allocated_bytes",
+    "state_ratio": "state_bytes",
+}
+ATTENTION_SIZES = ("num_layers", "compressor_layers", "vocab_size")
+HEAD_WIDTH = 64
+
+
+def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
+    """`store.frame` with two columns more: "machine", the line that stands over a table of these
+    rows, and "commit", of the code that measured them.
+    """
+    records = store.frame(list(runs))
+    environments = {run.name: run.environment for run in runs}
+    pairs = list(zip(records["run"], records["device"], strict=True))
+    return records.assign(
+        machine=[machine_line(environments[run], dev) for run, dev in pairs],
+        commit=[(environments[run].get("commit") or "unknown")[:8] for run, _ in pairs],
+    )
+
+
+def is_reference(settings: Iterable) -> bool:
+    """Whether a case exists only to watch the machine drift; no table shows those."""
+    return any(name == "reference" for name, _ in settings)
+
+
+def closed_rows(records: pd.DataFrame) -> pd.DataFrame:
+    """One row per (run, case) that has ended: Case fields, a column per metric and its samples."""
+    rows = []
+    for _, case in records.groupby(["run", "case"], sort=False):
+        closing = case[case["metric"] == "case"]
+        if closing.empty:
+            continue
+        row = closing.iloc[-1].drop(["metric", "value", "unit", "samples"]).to_dict()
+        for record in case[case["metric"] != "case"].itertuples():
+            row[record.metric] = record.value
+            row[f"{record.metric}.samples"] = record.samples
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measured(records: pd.DataFrame) -> pd.DataFrame:
+    """`closed_rows` without drift references, plus intervals, floor share and ratios to Dense.
+
+    Rows whose column "chosen" is False serve as references of their own run only, and are left out.
+    """
+    rows = closed_rows(records)
+    if rows.empty:
+        return rows
+    rows = rows[~rows["settings"].map(is_reference)].reset_index(drop=True)
+    rows = _with_attention(_with_step_as_latency(_with_peak(_with_settings(rows))))
+    if "latency_s.samples" in rows:
+        rows = _with_intervals(rows)
+        rows = _with_dense_ratios(rows)
+        if "upstream" in set(rows["suite"]):
+            rows = _with_loop_ratios(rows)
+    if {"floor_s", "latency_s"} <= set(rows):
+        share = rows["floor_s"] * _ceiling_share(rows) / rows["latency_s"]
+        rows = rows.assign(floor_share=share)
+    return rows[rows["chosen"]].reset_index(drop=True) if "chosen" in rows else rows
+
+
+def _with_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """A column for each of SETTINGS; empty where a case lacks it."""
+    found = rows["settings"].map(lambda pairs: dict(map(tuple, pairs)))
+    return rows.assign(**{k: [pairs.get(k, "") for pairs in found] for k in SETTINGS})
+
+
+def _with_step_as_latency(rows: pd.DataFrame) -> pd.DataFrame:
+    """What is timed of a case that generates nothing: ratios and `compare` work on it."""
+    for metric in ("train_step_s", "forward_backward_s"):
+        for name in ("", ".samples"):
+            if f"{metric}{name}" in rows:
+                steps = rows[f"{metric}{name}"]
+                latency = rows.get(f"latency_s{name}", steps)
+                rows = rows.assign(**{f"latency_s{name}": latency.where(latency.notna(), steps)})
+    return rows
+
+
+def _with_attention(rows: pd.DataFrame) -> pd.DataFrame:
+    """Suite attention: implementation, heads, and labels without sizes that it does not depend on.
+
+    Tiny ones (scale smoke) go by their roles: the wider of two Dense is Dense-2D.
+    """
+    mine = rows["suite"] == "attention"
+    if not mine.any():
+        return rows
+    empty = pd.Series(math.nan, index=rows.index)
+    width, decoder_width = (
+        pd.to_numeric(rows.get(f"config.{name}", empty)) for name in ("width", "decoder_width")
+    )
+    name = rows["arch"].str.partition(":")[0]
+    heads = decoder_width.fillna(width * np.where(name == "cat", 2, 1)) / HEAD_WIDTH
+    implementation = [dict(map(tuple, s)).get("implementation", "") for s in rows["settings"]]
+    tiny = rows["scale"] == "smoke"
+    is_wide = tiny & (name == "dense") & (heads > heads[mine & (name == "dense")].min())
+    labels = rows["label"].map(_without_sizes).where(~tiny, rows["label"].str.partition(" (")[0])
+    labels = labels.mask(is_wide, "Dense-2D").where(mine, rows["label"])
+    return rows.assign(label=labels, heads=heads, implementation=implementation)
+
+
+def _without_sizes(label: str) -> str:
+    """A label without what the suite attention's own plan makes small."""
+    name, _, rest = label.partition(" (")
+    fields = filter(None, rest.removesuffix(")").split(", "))
+    kept = [field for field in fields if field.partition("=")[0] not in ATTENTION_SIZES]
+    return f"{name} ({', '.join(kept)})" if kept else name
+
+
+def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
+    """What a case's ceilings were of the best in its run, at most 1.
+
+    A ceiling measured while the device was still busy is too low and its floor too high. Times this
+    share, the floor is a bound at the run's best ceilings: never flattering, and exact where one
+    resource binds throughout.
+    """
+    share = pd.Series(1.0, index=rows.index)
+    for ceiling in ("read_bandwidth_bytes_per_s", "matmul_flops_per_s"):
+        if ceiling in rows:
+            best = rows.groupby(["run", "device"])[ceiling].transform("max")
+            share = share.combine(rows[ceiling] / best, min)
+    return share
+
+
+def _with_peak(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds peak_bytes: reserved on a GPU, resident set on a CPU; the two never share a table.
+
+    Reserved, because allocated misses what captured graphs hold, which differs by architecture.
+    """
+    names = [name for name in ("peak_reserved_bytes", "peak_rss_bytes") if name in rows]
+    return rows.assign(peak_bytes=rows[names].bfill(axis=1).iloc[:, 0]) if names else rows
+
+
+def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds latency_s_low, latency_s_high and n (repeats)."""
+
+    def interval(samples: Any) -> dict[str, float]:
+        if not isinstance(samples, list) or not samples:
+            return {}
+        found = summary(tuple(samples))
+        return {"latency_s_low": found.low, "latency_s_high": found.high, "n": len(samples)}
+
+    return joined(rows, [interval(samples) for samples in rows["latency_s.samples"]])
+
+
+def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds speedup (Dense seconds / seconds) with its interval, the same over Dense-2D, and
+    MEMORY_RATIOS over Dense."""
+
+    def ratios(row: pd.Series) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        dense, wide = dense_of(rows, row), dense_of(rows, row, "Dense-2D")
+        if dense is not None:
+            found |= _speedup("speedup", dense, row) | {"dense_run": dense["run"]}
+            for name, metric in MEMORY_RATIOS.items():
+                if metric in rows:
+                    found[name] = dense[metric] / row[metric]
+        if wide is not None and row["label"] != "Dense":
+            found |= _speedup("speedup_2d", wide, row)
+        return found
+
+    return joined(rows, [ratios(row) for _, row in rows.iterrows()])
+
+
+def _with_loop_ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds "loop" (ours, upstream) and loop_ratio, our latency / upstream's, with its interval.
+
+    A row of suite upstream, loop ours, has its own; one of another suite the largest that its
+    architecture has on the same device and path: served badly anywhere, it is marked everywhere.
+    """
+    rows = rows.assign(loop=[dict(settings).get("loop", "") for settings in rows["settings"]])
+    same = ["run", "arch", "device_name", "dtype", "decode_path"]
+    shape = ["prompt_len", "batch_size", "seq_len", "seed"]
+    theirs = {
+        tuple(row[same + shape]): tuple(latency_samples(row))
+        for _, row in rows[rows["loop"] == "upstream"].iterrows()
+    }
+    own: dict[Any, stats.Interval] = {}
+    worst: dict[tuple, stats.Interval] = {}
+    for index, row in rows[rows["loop"] == "ours"].iterrows():
+        samples = latency_samples(row), theirs.get(tuple(row[same + shape]), ())
+        if all(samples):
+            own[index] = found = _ratio(tuple(samples[0]), samples[1])
+            architecture = tuple(row[same[1:]])
+            worst[architecture] = max(found, worst.get(architecture, found))
+
+    def ratio(index: Any, row: pd.Series) -> dict[str, float]:
+        found = own.get(index) if row["loop"] else worst.get(tuple(row[same[1:]]))
+        names = ("loop_ratio", "loop_ratio_low", "loop_ratio_high")
+        return dict(zip(names, found, strict=False)) if found else dict.fromkeys(names, math.nan)
+
+    return joined(rows, [ratio(index, row) for index, row in rows.iterrows()])
+
+
+def joined(rows: pd.DataFrame, found: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.concat([rows, pd.DataFrame(found, index=rows.index)], axis=1)
+
+
+def _speedup(name: str, reference: pd.Series, row: pd.Series) -> dict[str, float]:
+    """Reference seconds / seconds and the ends of its interval; 1 for the reference itself."""
+    ends = (1.0, 1.0, 1.0)
+    if reference.name != row.name:
+        interval = _ratio(tuple(latency_samples(reference)), tuple(latency_samples(row)))
+        ends = interval.median, interval.low, interval.high
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+
+
+@cache
+def summary(samples: tuple[float, ...]) -> stats.Interval:
+    return stats.summary(samples)  # exhibits share cases, and a bootstrap takes a while
+
+
+@cache
+def _ratio(a: tuple[float, ...], b: tuple[float, ...]) -> stats.Interval:
+    return stats.ratio(a, b)
+
+
+def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Series | None:
+    """The row of `name` to compare `row` with: same setting; same run and path where there is one.
+
+    None without one, or where several models could be meant (two Dense of other sizes).
+    """
+    dense = rows[rows["label"] == name]
+    if dense.empty and name == "Dense":  # a tiny or resized one stands in, if it is the only one
+        is_dense = rows["arch"].str.partition(":")[0] == "dense"
+        dense = rows[is_dense & ~rows["label"].str.startswith("Dense-2D")]
+        dense = dense if dense["arch"].nunique() == 1 else dense.iloc[:0]
+    for setting in SAME_SETTING:
+        dense = dense[dense[setting] == row[setting]]
+    dense = dense.loc[[index for index, one in dense.iterrows() if latency_samples(one)]]
+    for setting in ("run", "decode_path", "forward_path"):
+        same = dense[dense[setting] == row[setting]]
+        dense = dense if same.empty else same
+    return None if dense.empty or not latency_samples(row) else dense.iloc[0]
+
+
+def latency_samples(row: pd.Series) -> list[float]:
+    """Latency samples; empty where a case has none (pandas then holds NaN)."""
+    samples = row.get("latency_s.samples")
+    return samples if isinstance(samples, list) else []
