@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
+import contract
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,3 +103,18 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
         monkeypatch.setitem(sys.modules, f"cat_bench.{name}", stand_in)
         monkeypatch.setattr(cat_bench, name, stand_in, raising=False)
     monkeypatch.setattr(module, "CapturedStep", Uncaptured)
+
+
+def check_graphed_steps(
+    subject: contract.Subject, batch_size: int, segments: tuple[int, ...]
+) -> None:
+    """Prompts and steps of `cuda_graph` equal the eager path's, also after a reset."""
+    eager, fast = subject.model(), subject.model(decode_path="cuda_graph")
+    fast.load_state_dict(eager.state_dict())  # some vectors are drawn
+    tokens = subject.tokens(batch_size)
+    expected, _ = contract.decode(eager, tokens, segments)
+    got, state = contract.decode(fast, tokens, segments)
+    contract.assert_same(got, expected, "steps")
+    got, _ = contract.decode(fast, tokens, segments, fast.reset(state))
+    contract.assert_same(got, expected, "steps after a reset")
+    contract.assert_same(*(contract.forward(model, tokens) for model in (fast, eager)), "forward")

@@ -338,15 +338,7 @@ def test_graphed_step_equals_eager(
     subject: contract.Subject, batch_size: int, segments: tuple[int, ...]
 ) -> None:
     """Prompts of which each token is a step, and longer ones; one sequence has its own kernels."""
-    eager, fast = subject.model(), subject.model(decode_path="cuda_graph")
-    fast.load_state_dict(eager.state_dict())  # the gates' vectors are drawn
-    tokens = subject.tokens(batch_size)
-    expected, _ = contract.decode(eager, tokens, segments)
-    got, state = contract.decode(fast, tokens, segments)
-    contract.assert_same(got, expected, "steps")
-    got, _ = contract.decode(fast, tokens, segments, fast.reset(state))
-    contract.assert_same(got, expected, "steps after a reset")
-    contract.assert_same(*(contract.forward(model, tokens) for model in (fast, eager)), "forward")
+    reference_kernels.check_graphed_steps(subject, batch_size, segments)
 
 
 def test_packing_keeps_values_names_and_trainability() -> None:

@@ -37,13 +37,7 @@ def on_references(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_graphed_step_equals_eager(
     subject: Subject, batch_size: int, segments: tuple[int, ...]
 ) -> None:
-    eager, fast = subject.model(), subject.model(decode_path="cuda_graph")
-    tokens = subject.tokens(batch_size)
-    expected, _ = contract.decode(eager, tokens, segments)
-    got, state = contract.decode(fast, tokens, segments)
-    contract.assert_same(got, expected, "steps")
-    got, _ = contract.decode(fast, tokens, segments, fast.reset(state))
-    contract.assert_same(got, expected, "steps after a reset")
+    reference_kernels.check_graphed_steps(subject, batch_size, segments)
 
 
 @pytest.mark.parametrize(

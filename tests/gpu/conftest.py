@@ -1,4 +1,4 @@
-"""For GPU tests: warnings of compilers are no errors, and no kernel is autotuned.
+"""For GPU tests: warnings of compilers are no errors, float32 is float32, no kernel is autotuned.
 
 Autotuning takes minutes per shape and moves no result; CAT_BENCH_AUTOTUNE=1 switches it on.
 """
@@ -6,15 +6,26 @@ Autotuning takes minutes per shape and moves no result; CAT_BENCH_AUTOTUNE=1 swi
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """Matrix products of float32 without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def smallest_configuration_only() -> None:

@@ -6,7 +6,6 @@ specification here too. float32 without TF32, so that only the order of sums dif
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
 
 import contract
 import pytest
@@ -27,14 +26,6 @@ STD = 0.03  # as after training: larger weights amplify the rounding of one laye
 needs_fla = pytest.mark.skipif(
     importlib.util.find_spec("fla") is None, reason="forward path upstream needs the package fla"
 )
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def make(dtype: str, window_cache: str = "window", **paths: str) -> based.Model:

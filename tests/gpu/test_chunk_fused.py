@@ -34,14 +34,6 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return ((got.float() - expected).norm() / expected.norm().clamp(min=1)).item()
 
 
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("summary", ["first", "last"])
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 def test_fused_equals_eager(chunk_size: int, summary: str) -> None:

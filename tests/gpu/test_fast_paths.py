@@ -6,7 +6,6 @@ several layers, heads and chunks; float32 without TF32, so that only the order o
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
 
 import contract
 import pytest
@@ -58,14 +57,6 @@ def pair(
         subject.model(dtype, device="cuda", std=STD, **{f"{kind}_path": way})
         for way in ("eager", path)
     )
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def decoded(model: Architecture, tokens: Tensor, prompt_len: int) -> Tensor:

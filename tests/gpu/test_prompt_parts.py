@@ -3,8 +3,6 @@
 Whole models are in the files of their architectures; here each part stands against its definition.
 """
 
-from collections.abc import Iterator
-
 import contract
 import pytest
 import torch
@@ -17,14 +15,6 @@ pytestmark = pytest.mark.gpu
 
 BOUNDS = {torch.float32: 5e-6, torch.bfloat16: 5e-3}  # one rounding of the output
 dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 7])

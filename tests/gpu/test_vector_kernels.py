@@ -18,11 +18,6 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SHAPES = [(97, 64), (2048, 2048), (2048, 5632), (6144, 2048), (3000, 700)]  # outputs, inputs
 
 
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
