@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cat_bench.architecture import Architecture, State, Tokens
+from cat_bench.architecture import Architecture, NextLogits, State, Tokens
 
 Prompt = Int[Tensor, "b p"]
 
@@ -54,7 +54,7 @@ def greedy(
         on_prefill()
     for n in range(prompt_len + 1, seq_len):
         logits, state = model.step(tokens[:, n - 1], state)
-        torch.argmax(logits, dim=-1, out=tokens[:, n])
+        choose(model, logits, tokens[:, n])
         if on_step is not None:
             on_step(n)
     return tokens
@@ -66,8 +66,21 @@ def first_token(model: Architecture, prompt: Prompt, state: State, tokens: Token
     prompt_len = prompt.shape[1]
     tokens[:, :prompt_len] = prompt
     logits, state = model.prefill(prompt, model.reset(state))
-    torch.argmax(logits, dim=-1, out=tokens[:, prompt_len])
+    choose(model, logits, tokens[:, prompt_len])
     return state
+
+
+def choose(model: Architecture, logits: NextLogits, out: Tensor) -> None:
+    """The likeliest token of each sequence, logits (b, v) -> out (b,); the first of equals.
+
+    On a fast decode path in one launch of our own: PyTorch's takes 9 to 15 us longer (H100).
+    """
+    if model.decode_path == "eager":
+        torch.argmax(logits, dim=-1, out=out)
+        return
+    from cat_bench import kernels
+
+    kernels.argmax(logits, out)
 
 
 @torch.inference_mode()
