@@ -34,7 +34,7 @@ from cat_bench.blocks import (
     linear_params,
     rope_table,
 )
-from cat_bench.chunk_attention import chunk_attention
+from cat_bench.chunk_attention import chunk_attention, chunk_block
 from cat_bench.errors import require_cuda
 from cat_bench.graph import (
     CapturedStep,
@@ -243,7 +243,7 @@ class Model(ForwardPath):
         row = torch.arange(num_tokens + 1, device=tokens.device)
         rope = self._rope(row // c.chunk_size, row % c.chunk_size)
         for block in self.decoder.blocks:
-            x = self.on_forward_path(block)(x, rope, attend)
+            x = self._decoder_block(block, x, rope, attend)
         return self.decoder.norm(x[:, 1:])  # row 0 would be p(x_0), which is not trained
 
     def _attend_all(self, num_rows: int, device: torch.device) -> Attend:
@@ -252,6 +252,14 @@ class Model(ForwardPath):
             return fused_attention(self.config.chunk_size)
         seen = compact_mask(num_rows, self.config.chunk_size, device)
         return lambda q, k, v: attention(q, k, v, mask=seen)
+
+    def _decoder_block(self, block: Block, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """On the forward path; rotated inside the kernels where these know how."""
+        c = self.config
+        plain = block.q_norm is None and block.num_kv_heads == block.num_heads
+        if self.forward_path != "eager" and plain and c.rope == "restart":
+            return self.on_forward_path(chunk_block)(block, x, rope, c.chunk_size)
+        return self.on_forward_path(block)(x, rope, attend)
 
     def _training_block(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
         """A block of the compressor on the forward path."""

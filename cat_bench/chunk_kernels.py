@@ -11,6 +11,12 @@ summaries, of later ones, it also has their gradients from the tile itself. `_su
 adds to the summary rows what the later tiles give, a tile of summaries at a time. No atomics: the
 result is the same in every run.
 
+Given rope tables, queries and keys are rotated where a tile loads them and their gradients rotated
+back where it stores them. The rotation restarts in every chunk and the summary is its first row,
+which no rotation moves: the loops over summaries read keys as they lie in memory. The loop over
+later queries would rotate each of them once per tile of summaries, so `_queries_kernel` writes them
+down instead.
+
 Shapes: b batch, h query heads, g key-value heads, t rows, e head width. Scores are in units of
 log 2, for exp2; sums are float32.
 """
@@ -51,26 +57,36 @@ def tile_rows(chunk_size: int, block_m: int) -> int:
     return block_m // chunk_size * chunk_size
 
 
-def forward(q, k, v, o, lse, chunk_size: int, offset: int) -> None:
-    """Fill o (b, h, t, e) and lse (b, h, t), the latter contiguous. Last dimensions contiguous."""
+def forward(q, k, v, o, lse, chunk_size: int, offset: int, rope=None) -> None:
+    """Fill o (b, h, t, e) and lse (b, h, t), the latter contiguous. Last dimensions contiguous.
+
+    With `rope`, contiguous tables (t, e/2) float32, q and k come unrotated: row r is rotated as row
+    r % C of the tables says, and row 0 must say not at all. `offset` is 0 then.
+    """
     b, h, t, e = q.shape
     launch = launch_of("forward", chunk_size, e, q.element_size() == 4)
     rows = tile_rows(chunk_size, launch.block_m)
     _forward_kernel[(b * h, triton.cdiv(t, rows))](
-        q, k, v, o, lse, t, *_scalars(q, k, offset), *_strides(q, k, v, o),
+        q, k, v, *_tables(rope), o, lse, t, *_scalars(q, k, offset), *_strides(q, k, v, o),
         **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
 
 
-def backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size: int, offset: int) -> None:
-    """Fill delta (b, h, t), dq, dk and dv (b, h, t, e): gradients of k and v per query head."""
+def backward(
+    do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size: int, offset: int, rope=None
+) -> None:
+    """Fill delta (b, h, t), dq, dk and dv (b, h, t, e): gradients of k and v per query head.
+
+    With `rope` as in `forward`, dq and dk are those of the unrotated q and k.
+    """
     b, h, t, e = q.shape
     launch = launch_of("queries", chunk_size, e, q.element_size() == 4)
     rows = tile_rows(chunk_size, launch.block_m)
     tiles = triton.cdiv(t, rows)
+    rotated = q if rope is None else q.new_empty(b, t, h, e).transpose(1, 2)
     _queries_kernel[(b * h, tiles)](
-        do, q, k, v, o, lse, delta, dq, dk, dv, t, *_scalars(q, k, offset),
-        *_strides(do, q, k, v, o, dq, dk, dv),
+        do, q, k, v, *_tables(rope), o, lse, delta, rotated, dq, dk, dv, t,
+        *_scalars(q, k, offset), *_strides(do, q, k, v, o, rotated, dq, dk, dv),
         **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
     num_summaries = (tiles - 1) * (rows // chunk_size)  # those that a later tile sees
@@ -78,14 +94,19 @@ def backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size: int, offset: in
         return
     launch = launch_of("summaries", chunk_size, e, q.element_size() == 4)
     _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch.block_n))](
-        do, q, k, v, lse, delta, dk, dv, t, num_summaries, *_scalars(q, k, offset),
-        *_strides(do, q, k, v, dk, dv),
+        do, rotated, k, v, lse, delta, dk, dv, t, num_summaries, *_scalars(q, k, offset),
+        *_strides(do, rotated, k, v, dk, dv),
         **_tiling(chunk_size, rows, e, launch), num_warps=launch.warps,
     )  # fmt: skip
 
 
 def _strides(*tensors) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _tables(rope) -> tuple:
+    """cos and sin; None leaves every rotation out of a kernel."""
+    return (None, None) if rope is None else rope
 
 
 def _scalars(q, k, offset: int) -> tuple[float, int, int, int]:
@@ -103,7 +124,8 @@ def _tiling(chunk_size: int, rows: int, head_width: int, launch: Launch) -> dict
 
 @triton.jit(do_not_specialize=VARYING)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, num_rows, scale, heads, shared, offset,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, o_ptr, lse_ptr,
+    num_rows, scale, heads, shared, offset,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -115,8 +137,9 @@ def _forward_kernel(
     inside = (lane < ROWS) & (start + lane < num_rows)
     k_ptr += b * k_b + head // shared * k_h
     v_ptr += b * v_b + head // shared * v_h
-    q = _load_rows(q_ptr + b * q_b + head * q_h + start * q_t, q_t, lane, inside, E)
-    k = _load_rows(k_ptr + start * k_t, k_t, lane, inside, E)
+    q_ptr += b * q_b + head * q_h
+    q = _load_rotated(q_ptr + start * q_t, q_t, lane, inside, cos_ptr, sin_ptr, C, E)
+    k = _load_rotated(k_ptr + start * k_t, k_t, lane, inside, cos_ptr, sin_ptr, C, E)
     v = _load_rows(v_ptr + start * v_t, v_t, lane, inside, E)
     scale *= LOG2_E
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -180,10 +203,10 @@ def _load_summaries(
 
 @triton.jit(do_not_specialize=VARYING)
 def _queries_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
-    num_rows, scale, heads, shared, offset,
+    do_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, o_ptr, lse_ptr, delta_ptr,
+    rotated_ptr, dq_ptr, dk_ptr, dv_ptr, num_rows, scale, heads, shared, offset,
     do_b, do_h, do_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    rotated_b, rotated_h, rotated_t, dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -202,9 +225,13 @@ def _queries_kernel(
     lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
 
     # Lanes past the end have q = do = 0, hence weight 1, delta 0 and no gradient for any key.
-    q = _load_rows(q_ptr + b * q_b + head * q_h + start * q_t, q_t, lane, inside, E)
-    k = _load_rows(k_ptr + start * k_t, k_t, lane, inside, E)
+    q_ptr += b * q_b + head * q_h
+    q = _load_rotated(q_ptr + start * q_t, q_t, lane, inside, cos_ptr, sin_ptr, C, E)
+    k = _load_rotated(k_ptr + start * k_t, k_t, lane, inside, cos_ptr, sin_ptr, C, E)
     v = _load_rows(v_ptr + start * v_t, v_t, lane, inside, E)
+    if cos_ptr is not None:
+        rotated_ptr += b * rotated_b + head * rotated_h + start * rotated_t
+        _store_rows(rotated_ptr, rotated_t, lane, inside, q, E)
     scale_2 = scale * LOG2_E
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_2
     weight = tl.exp2(score - lse[:, None])
@@ -214,7 +241,8 @@ def _queries_kernel(
     d_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     d_score = (weight * (d_weight - delta[:, None])).to(k.dtype)
     dk = tl.dot(tl.trans(d_score), q, input_precision=PRECISION) * scale
-    _store_rows(dk_ptr + b * dk_b + head * dk_h + start * dk_t, dk_t, lane, inside, dk, E)
+    dk_ptr += b * dk_b + head * dk_h + start * dk_t
+    _store_rotated_back(dk_ptr, dk_t, lane, inside, dk, cos_ptr, sin_ptr, C, E)
     dq = tl.dot(d_score, k, input_precision=PRECISION)
 
     k_ptr += offset * k_t
@@ -231,7 +259,8 @@ def _queries_kernel(
             q, do, lse, delta, dq, whole, num_before, k_ptr, C * k_t, v_ptr, C * v_t, scale_2,
             BLOCK_N, E, PRECISION,
         )  # fmt: skip
-    _store_rows(dq_ptr + b * dq_b + head * dq_h + start * dq_t, dq_t, lane, inside, dq * scale, E)
+    dq_ptr += b * dq_b + head * dq_h + start * dq_t
+    _store_rotated_back(dq_ptr, dq_t, lane, inside, dq * scale, cos_ptr, sin_ptr, C, E)
 
 
 @triton.jit
@@ -327,6 +356,45 @@ def _later_queries(
 def _sees(query, key, offset, C: tl.constexpr):
     """chunk_attention.sees, on row numbers counted from the start of any chunk."""
     return (key <= query) & ((query // C == key // C) | (key % C == offset))
+
+
+@triton.jit
+def _load_rotated(ptr, stride, lane, inside, cos_ptr, sin_ptr, C: tl.constexpr, E: tl.constexpr):
+    """_load_rows of a tile that starts a chunk, rotated and rounded as blocks.rotate does.
+
+    The halves of a row are loaded apart: to split a loaded tile would take a trip through shared
+    memory.
+    """
+    if cos_ptr is None:
+        return _load_rows(ptr, stride, lane, inside, E)
+    else:
+        cos = _load_rows(cos_ptr, E // 2, lane % C, inside, E // 2)
+        sin = _load_rows(sin_ptr, E // 2, lane % C, inside, E // 2)
+        x1 = _load_rows(ptr, stride, lane, inside, E // 2)
+        x2 = _load_rows(ptr + E // 2, stride, lane, inside, E // 2)
+        y1, y2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
+        if x1.dtype != tl.float32:
+            # Outside all is 0 already. But a condition that no load gave keeps the compiler from
+            # bringing four loads, instead of one result, into the layout of a product's operand:
+            # 164 registers in _queries_kernel instead of 214. Float32 has no shared memory for it.
+            y1 = tl.where(inside[:, None], y1, 0.0).to(x1.dtype)
+            y2 = tl.where(inside[:, None], y2, 0.0).to(x1.dtype)
+        return tl.reshape(tl.permute(tl.join(y1, y2), (0, 2, 1)), (lane.shape[0], E))
+
+
+@triton.jit
+def _store_rotated_back(
+    ptr, stride, lane, inside, x, cos_ptr, sin_ptr, C: tl.constexpr, E: tl.constexpr
+):
+    """_store_rows of the gradient of what _load_rotated gave, as that of what it had loaded."""
+    if cos_ptr is None:
+        _store_rows(ptr, stride, lane, inside, x, E)
+    else:
+        cos = _load_rows(cos_ptr, E // 2, lane % C, inside, E // 2)
+        sin = _load_rows(sin_ptr, E // 2, lane % C, inside, E // 2)
+        x1, x2 = tl.split(tl.permute(tl.reshape(x, (lane.shape[0], 2, E // 2)), (0, 2, 1)))
+        _store_rows(ptr, stride, lane, inside, x1 * cos + x2 * sin, E // 2)
+        _store_rows(ptr + E // 2, stride, lane, inside, x2 * cos - x1 * sin, E // 2)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_weight = (is_grad_enabled and w for w in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        grad_weight = None
         wide = torch.promote_types(dtype, torch.float32)
         num_counted = (targets != IGNORE).sum()  # stays on the device
         share = 1 / num_counted.to(wide)  # of a row in the mean
@@ -122,6 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = logits @ matrix
             if grad_weight is not None:
                 grad_weight.add_(logits.T @ part)  # adds up in the weight's dtype, float32
+            elif wants_weight:  # the first chunk: no zeros to fill and to add to
+                grad_weight = (logits.T @ part).to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return losses.sum() * share
 

@@ -4,6 +4,7 @@
 one architecture's module uncaptured.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ import cat_bench
 from cat_bench import graph
 from cat_bench.blocks import Rope, rotate
 from cat_bench.cat import chunk_rows_reference
+from cat_bench.chunk_attention import chunk_mask
 from cat_bench.short_attention import short_attention_reference
 
 
@@ -34,6 +36,53 @@ def rotate_(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
     heads = qkv.unflatten(-1, (-1, 64)).transpose(1, 2)[:, :num_heads]
     heads.copy_(rotate(heads, rope))
     return qkv
+
+
+def short_attention_backward(do: Tensor, qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
+    q, k, v = qkv.unflatten(-1, (-1, 64)).transpose(1, 2).split(num_heads, dim=1)
+    do = do.unflatten(-1, (-1, 64)).transpose(1, 2)
+    gradients = attention_backward(do, q, k, v, torch.ones((), dtype=torch.bool), rope)
+    return torch.cat(gradients, dim=1).transpose(1, 2).flatten(2)
+
+
+def chunk_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, chunk_size: int, offset: int,
+    rope: Rope | None = None,
+) -> None:  # fmt: skip
+    """The kernels' units: `lse` is the logarithm to base 2."""
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    score = q @ k.mT * q.shape[3] ** -0.5
+    score.masked_fill_(~chunk_mask(q.shape[2], chunk_size, offset, q.device), -torch.inf)
+    o.copy_(score.softmax(-1) @ v)
+    lse.copy_(score.logsumexp(-1) / math.log(2))
+
+
+def chunk_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, delta: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, chunk_size: int, offset: int, rope: Rope | None = None,
+) -> None:  # fmt: skip
+    seen = chunk_mask(q.shape[2], chunk_size, offset, q.device)
+    gradients = attention_backward(do, q, k, v, seen, rope)
+    for out, gradient in zip((dq, dk, dv), gradients, strict=True):
+        out.copy_(gradient)
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, rope: Rope | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv (b, h, t, e) by formula: inside of a custom operator there is no autograd."""
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    scale = q.shape[3] ** -0.5
+    weight = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+    d_weight = do @ v.mT
+    d_score = weight * (d_weight - (weight * d_weight).sum(-1, keepdim=True)) * scale
+    dq, dk = d_score @ k, d_score.mT @ q
+    if rope is not None:
+        back = rope[0], -rope[1]
+        dq, dk = rotate(dq, back), rotate(dk, back)
+    return dq, dk, weight.mT @ do
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,12 +127,18 @@ class Uncaptured:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    install_kernels(monkeypatch)
+    monkeypatch.setattr(module, "CapturedStep", Uncaptured)
+
+
+def install_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(
         chunk_rows=chunk_rows_reference,
         decode_attention=decode_attention,
         rms_norm=rms_norm,
         rotate_=rotate_,
         short_attention=short_attention_reference,
+        short_attention_backward=short_attention_backward,
         swiglu=swiglu,
     )
     recurrent_kernels = SimpleNamespace(
@@ -94,15 +149,16 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
         ssm_step=graph.ssm_step_reference,
         taylor_step=graph.taylor_step_reference,
     )
+    chunk_kernels = SimpleNamespace(forward=chunk_forward, backward=chunk_backward)
     vector_kernels = SimpleNamespace(linear=vector_linear, swiglu=vector_swiglu)
     for name, stand_in in (
         ("kernels", kernels),
+        ("chunk_kernels", chunk_kernels),
         ("recurrent_kernels", recurrent_kernels),
         ("vector_kernels", vector_kernels),
     ):
         monkeypatch.setitem(sys.modules, f"cat_bench.{name}", stand_in)
         monkeypatch.setattr(cat_bench, name, stand_in, raising=False)
-    monkeypatch.setattr(module, "CapturedStep", Uncaptured)
 
 
 def check_graphed_steps(

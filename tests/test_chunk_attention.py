@@ -7,12 +7,14 @@ import itertools
 import math
 
 import pytest
+import reference_kernels
 import torch
 from torch import Tensor
 
 from baselines import sparse
 from cat_bench import mask
-from cat_bench.chunk_attention import chunk_attention, sees
+from cat_bench.blocks import rope_table, rotate
+from cat_bench.chunk_attention import chunk_attention, packed, packed_reference, sees
 
 SUMMARIES = ("first", "last")
 # h, g, t, C: one row, one chunk, an open last chunk, a full one, C = 1, C > t, shared heads.
@@ -79,6 +81,28 @@ def test_it_is_the_mask_of_cat_and_of_sparse() -> None:
         ours = sees(rows[:, None], rows, c, 0)
         assert torch.equal(ours, torch.from_numpy(mask.allowed(23, c)))
         assert torch.equal(sees(rows[:, None], rows, c, c - 1), sparse.sees(rows[:, None], rows, c))
+
+
+@pytest.mark.parametrize("t, chunk_size", [(1, 4), (4, 4), (11, 4), (7, 1), (5, 9)])
+def test_packed_rotates_and_attends(
+    t: int, chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands round the kernels: views, the one buffer of gradients, fakes for the compiler."""
+    reference_kernels.install_kernels(monkeypatch)
+    q, k, v = inputs(2, 2, t, e=64)
+    do = inputs(2, 2, t, e=64)[0].transpose(1, 2).flatten(2) + 1
+    rope = rope_table(torch.arange(t) % chunk_size)
+    qkv = torch.cat([q, k, v], dim=1).transpose(1, 2).flatten(2).requires_grad_()  # (b, t, 3 h e)
+    expected = by_definition(rotate(q, rope), rotate(k, rope), v, chunk_size, "first")
+    outputs = (
+        packed_reference(qkv, rope, 2, chunk_size),
+        packed(qkv, *rope, 2, chunk_size)[0],
+    )
+    for o in outputs:
+        torch.testing.assert_close(o, expected.transpose(1, 2).flatten(2), rtol=0, atol=1e-13)
+    gradients = [torch.autograd.grad(o, qkv, do)[0] for o in outputs]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+    torch.library.opcheck(packed, (qkv, *rope, 2, chunk_size))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "two_part"])

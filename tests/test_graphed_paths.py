@@ -1,8 +1,10 @@
-"""The decode path `cuda_graph` of attention over a cache, on the references of its kernels: what
-stands between the kernels (rows, places, order, reset) needs no GPU to be wrong.
+"""Fast paths of attention on the references of their kernels: the decode path `cuda_graph`, and the
+forward path `compile` of CAT. What stands between the kernels (rows, places, order, reset) needs no
+GPU to be wrong.
 """
 
 from functools import partial
+from unittest.mock import Mock
 
 import contract
 import pytest
@@ -12,6 +14,7 @@ from contract import Subject
 
 from baselines import sparse
 from cat_bench import cat, language_model
+from cat_bench import chunk_attention as chunks
 from cat_bench.chunk_attention import chunk_attention
 
 SUBJECTS = [
@@ -40,9 +43,31 @@ def test_graphed_step_equals_eager(
     reference_kernels.check_graphed_steps(subject, batch_size, segments)
 
 
-@pytest.mark.parametrize(
-    "subject", [s for s in SUBJECTS if s.label.startswith("cat")], ids=lambda s: s.label
-)
+CATS = [s for s in SUBJECTS if s.label.startswith("cat")]
+
+
+@pytest.mark.parametrize("subject", CATS, ids=lambda s: s.label)
+def test_compiled_forward_equals_eager(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients, and which blocks rotate inside the kernels."""
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: run)
+    monkeypatch.setattr(cat, "require_cuda", lambda *_: None)
+    monkeypatch.setattr(chunks, "_check_fused", lambda *_: None)
+    rotated_inside = Mock(wraps=chunks.chunk_block)
+    monkeypatch.setattr(cat, "chunk_block", rotated_inside)
+    eager, fast = subject.model(), subject.model(forward_path="compile")
+    tokens = subject.tokens(2)
+    logits = [model.forward(tokens) for model in (fast, eager)]
+    contract.assert_same(*logits, "forward")
+    for one in logits:
+        one.square().mean().backward()
+    for (name, got), expected in zip(fast.named_parameters(), eager.parameters(), strict=True):
+        contract.assert_same(got.grad, expected.grad, f"gradient of {name}")
+    c = subject.config
+    plain = c.num_kv_heads is None and not c.qk_norm and c.rope == "restart"
+    assert rotated_inside.call_count == (c.num_layers if plain else 0)
+
+
+@pytest.mark.parametrize("subject", CATS, ids=lambda s: s.label)
 @torch.no_grad()
 def test_graphed_ragged_batches_equal_rows_alone(subject: Subject) -> None:
     eager, fast = subject.model(), subject.model(decode_path="cuda_graph")

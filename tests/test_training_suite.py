@@ -157,6 +157,33 @@ def test_steps_learn_the_batch(arch: str) -> None:
     assert all(p.grad is None for p in step.model.parameters())
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_clipping_inside_the_optimizer_is_clip_grad_norm(factor: float, dtype: str) -> None:
+    """Two updates by gradients below, at and above the bound, and a parameter without one."""
+    case = replace(tiny_case(DENSE), dtype=dtype)
+    step = training.Step(case, build(parse(DENSE), dtype=dtype))
+    known = build(parse(DENSE), dtype=dtype)
+    known.load_state_dict(step.model.state_dict())
+    optimizer = torch.optim.AdamW(
+        known.parameters(), training.LEARNING_RATE, training.BETAS,
+        weight_decay=training.WEIGHT_DECAY, fused=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    pairs = list(zip(step.model.parameters(), known.parameters(), strict=True))
+    count = sum(p.numel() for p in known.parameters())
+    for size in (1.0, 5.0):
+        for ours, theirs in pairs[1:]:
+            noise = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
+            ours.grad = noise * (factor * size / count**0.5)
+            theirs.grad = ours.grad.clone()
+        step._update()
+        torch.nn.utils.clip_grad_norm_(known.parameters(), training.CLIP)
+        optimizer.step()
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_all_architectures_get_the_same_tokens() -> None:
     one, other = (training.random_tokens(tiny_case(arch), 96) for arch in (DENSE, CAT))
     assert torch.equal(one, other) and one.shape == (2, 25) and len(one.unique()) > 30

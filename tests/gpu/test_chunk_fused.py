@@ -1,10 +1,14 @@
 """The fused kernels of chunk attention against eager, forward and gradients, on a GPU."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cat_bench.chunk_attention import chunk_attention
+from cat_bench.blocks import Block, rope_table
+from cat_bench.chunk_attention import chunk_attention, chunk_block, packed, packed_reference
 
 pytest.importorskip("triton", reason="implementation 'fused' needs the package triton")
 pytestmark = pytest.mark.gpu
@@ -53,6 +57,58 @@ def test_fused_equals_eager(chunk_size: int, summary: str) -> None:
             for pair in zip(results(half, "fused", chunk_size, summary), exact, strict=True)
         ]
         assert max(errors) < 1e-2, (shape, errors)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 8, 16, 32, 128])
+@pytest.mark.parametrize("t", [1, 3, 50, 333, 1025])
+def test_packed_equals_its_reference(chunk_size: int, t: int) -> None:
+    """The rotation inside the kernels, o and the gradient of qkv: in float32, and in bfloat16."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv, do = (
+        torch.randn(2, t, width * 64, generator=generator, device="cuda") for width in (9, 3)
+    )
+    rope = rope_table(torch.arange(t, device="cuda") % chunk_size)
+
+    def results(qkv: Tensor, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        qkv = qkv.detach().requires_grad_()
+        o = run(qkv)
+        (gradient,) = torch.autograd.grad(o, qkv, do.to(o.dtype))
+        return [o.detach(), *gradient.chunk(3, dim=-1)]
+
+    def fused(x: Tensor) -> Tensor:
+        return packed(x, *rope, 3, chunk_size)[0]
+
+    def eager(x: Tensor) -> Tensor:
+        return packed_reference(x, rope, 3, chunk_size)
+
+    errors = map(relative, results(qkv, fused), results(qkv, eager))
+    assert max(errors) < 1e-4
+    half = qkv.bfloat16()
+    errors = list(map(relative, results(half, fused), results(half.float(), eager)))
+    if t == 1:  # as above: of q and k only rounding is left
+        errors = errors[::3]
+    assert max(errors) < 1e-2, errors
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile advises to use TF32
+@pytest.mark.parametrize("chunk_size", [8, 5])
+def test_chunk_block_equals_the_block(chunk_size: int) -> None:
+    """Compiled in one graph, with and without autocast."""
+    torch.manual_seed(0)
+    block = Block(128).cuda()
+    compiled = torch.compile(chunk_block, fullgraph=True)
+    rope = rope_table(torch.arange(333, device="cuda") % chunk_size)
+    attend = partial(chunk_attention, chunk_size=chunk_size)
+    x = torch.randn(2, 333, 128, device="cuda", requires_grad=True)
+    wanted = [x, *block.parameters()]
+    expected = block(x, rope, attend)
+    expected_grads = torch.autograd.grad(expected.square().sum(), wanted)
+    for autocast, bound in ((False, 1e-4), (True, 3e-2)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            got = compiled(block, x, rope, chunk_size)
+        grads = torch.autograd.grad(got.float().square().sum(), wanted)
+        assert relative(got, expected) < bound
+        assert max(map(relative, grads, expected_grads)) < bound
 
 
 @pytest.mark.parametrize("e", [16, 32, 128])
@@ -117,3 +173,12 @@ def test_errors_name_the_way_out(shape: tuple, chunk_size: int, dtype, said: str
     with pytest.raises(ValueError) as error:
         chunk_attention(q, k, v, chunk_size, "first", "fused")
     assert said in str(error.value) and "two_part" in str(error.value)
+
+
+def test_chunk_block_has_the_same_limits() -> None:
+    block, x = Block(64).cuda(), torch.zeros(1, 300, 64, device="cuda")
+    rope = rope_table(torch.arange(300, device="cuda") % 129)
+    with pytest.raises(ValueError, match="takes chunk_size up to 128, got 129"):
+        chunk_block(block, x, rope, 129)
+    with pytest.raises(ValueError, match="computes in float32, got torch.float64"):
+        chunk_block(block.double(), x.double(), rope, 8)
