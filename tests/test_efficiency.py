@@ -31,8 +31,10 @@ def test_the_plan_is_the_product_and_the_same_every_time() -> None:
     shapes = {(c.arch, c.batch_size, c.seq_len, c.seed) for c in cases}
     assert len(cases) == len(shapes) == 16
     assert [c.batch_size for c in cases] != sorted(c.batch_size for c in cases)  # shuffled
-    shapes = [shape for shape, _ in itertools.groupby(cases, lambda c: (c.batch_size, c.seq_len))]
-    assert len(shapes) == len(set(shapes))  # what is compared stands together
+    cells = itertools.groupby(cases, lambda c: (c.batch_size, c.seq_len))
+    cells = [(shape, [c.arch for c in cell]) for shape, cell in cells]
+    assert len(cells) == len({shape for shape, _ in cells})  # what is compared stands together
+    assert all(archs[:2] == ["dense", "dense"] for _, archs in cells)  # an interruption leaves it
     assert {c.prompt_len for c in cases} == {8}
 
 

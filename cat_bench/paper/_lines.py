@@ -42,8 +42,12 @@ def line_figure(
     maps: Sequence[Map] = (),
     is_smoke: bool = False,
 ) -> Figure:
-    """`panels` two in a row, then `maps` two in a row. Smoke rows carry the stamp."""
+    """`panels` two in a row, then `maps` two in a row. Smoke rows carry the stamp.
+
+    Without rows the maps stand alone, where there are any.
+    """
     maps = [drawn for drawn in maps if drawn.cells]
+    panels = [] if maps and rows.empty else panels
     heights = [PANEL_IN] * -(-len(panels) // 2)
     heights += [0.6 + MAP_CELL_IN * len({w.batch_size for w in m.cells}) for m in maps[::2]]
     caption_in = figures.CAPTION_LINE_IN * len(figures.caption_lines(caption))
@@ -57,6 +61,8 @@ def line_figure(
             figures.draw_panel(axes, panel, rows, [], axis, labels)
             axes.set_title(f"({next(letters)}) {panel.title}")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(x)))
+            if rows.empty:
+                _say_not_run(axes)
             _name_lines(axes, panel, rows, axis, labels)
         for axes, drawn in zip(grid.flat[-2:], maps, strict=False):
             _draw_map(axes, drawn)
@@ -67,6 +73,13 @@ def line_figure(
             figure.suptitle(figures.SMOKE_STAMP, size=10, weight="bold", color="#b00020")
         figures.add_caption(figure, caption)
     return figure
+
+
+def _say_not_run(axes: Axes) -> None:
+    """Instead of ticks, which would name numbers that nobody measured."""
+    axes.set(xticks=[], yticks=[])
+    axes.minorticks_off()
+    axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center", color="0.5")
 
 
 def tokens(number: float) -> str:

@@ -13,6 +13,9 @@ CAT has N + 1 rows for N tokens (published layout: N + N / C + 1), the others N.
 the pairs that the definition lets a query see, whatever an implementation computes: 4 e per pair
 and head forward, 10 e backward. peak_allocated_bytes leaves out what was there before q, k and v.
 
+On a GPU a sample is one CUDA graph of several calls: the time of the kernels, without that of
+launching them from Python, which a whole training step hides.
+
 Try it: cat-bench run attention --quick
 """
 
@@ -43,7 +46,8 @@ MAX_EAGER = 4096  # tokens: beyond it the mask and the scores no longer fit
 SEQ_LENS = {"cpu": (64,), "cuda": (1024, 4096, 16_384, 65_536)}
 TOKENS = {"cpu": 128, "cuda": 16_384}  # a call, shared out among sequences
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-CALLS = {"cpu": 1, "cuda": 10}  # a sample: behind the first, launching hides behind computing
+CALLS = {"cpu": 1, "cuda": 10}  # a sample
+WARMUPS = 3
 HEAD_WIDTH = 64
 
 
@@ -139,24 +143,38 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
         torch.autograd.grad(attend(q, k, v), (q, k, v), do)
 
     yield Record(case.key, "attended_pairs", shape.pairs, "1")
+    profiler.timed(lambda _: both(), case.device, warmups=1, repeats=1)
+    counters = profiler.memory_counters(case.device)  # of one call, for graphs hold on to theirs
     calls, repeats = CALLS[case.device], int(settings.get("repeats", 10))
     for name, run, per_pair in (("forward", forward, 4), ("forward_backward", both, 4 + 10)):
-
-        def sample(_, run=run) -> None:
-            for _ in range(calls):
-                run()
-
-        timing = profiler.timed(sample, case.device, warmups=3, repeats=repeats)
+        sample = run if case.device == "cpu" else captured(run, calls)
+        timing = profiler.timed(lambda _, s=sample: s(), case.device, WARMUPS, repeats)
         samples = [latency_s / calls for latency_s in timing.latency_s]
         median_s = statistics.median(samples)
         flops = per_pair * case.batch_size * shape.heads * HEAD_WIDTH * shape.pairs
         yield Record(case.key, f"{name}_s", median_s, "s", samples)
         yield Record(case.key, f"{name}_flops", flops, "FLOP")
         yield Record(case.key, f"{name}_flops_per_s", flops / median_s, "FLOP/s")
-    counters = profiler.memory_counters(case.device)
-    if "peak_allocated_bytes" in counters:  # of the last repeat: forward and backward
+    if "peak_allocated_bytes" in counters:
         peak = counters["peak_allocated_bytes"] - held
         yield Record(case.key, "peak_allocated_bytes", peak, "bytes")
+
+
+def captured(run: Callable[[], object], calls: int) -> Callable[[], None]:
+    """`calls` calls of `run` as one CUDA graph."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and tunes; not captured
+        for _ in range(WARMUPS):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return graph.replay
 
 
 def shape_of(name: str, config: Any, seq_len: int) -> Shape:

@@ -103,17 +103,22 @@ def _case(
 
 
 def by_cell(cases: Iterable[Case]) -> list[Case]:
-    """A seeded random order in which cases of one shape stand together.
+    """A seeded random order in which cases of one shape stand together, Dense before the others.
 
     Random, because a slow drift of the machine must not favour one side; together, because those
     are compared: they are measured close in time, and an interruption leaves whole comparisons.
+    Dense first, because ratios to it are taken within one run: without it the others have none.
     """
     shuffled, cells = list(cases), {}
     random.Random(0).shuffle(shuffled)
     for case in shuffled:
         shape = case.suite, case.batch_size, case.prompt_len, case.seq_len, case.dtype
         cells.setdefault(shape, []).append(case)
-    return [case for cell in cells.values() for case in cell]
+    return [case for cell in cells.values() for case in sorted(cell, key=_is_not_dense)]
+
+
+def _is_not_dense(case: Case) -> bool:
+    return case.arch.partition(":")[0] != "dense"
 
 
 def with_references(cases: list[Case], options: Options, every: int) -> list[Case]:
