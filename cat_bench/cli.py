@@ -380,7 +380,7 @@ def paper(
         names, scale, only, _counts("--batch-size", batch_size), _counts("--seq-len", seq_len)
     )
     measure = _measure_missing(results, name, sweeps, chosen) if wanted else None
-    built = _build.build(names, scale, results, measure)
+    built = _build.build(names, scale, results, measure, _this_device(scale) if wanted else None)
     for text in built.skipped:
         _warn(text)
     if as_json:
@@ -846,6 +846,14 @@ def _write(path: Path, text: str) -> None:
 
 
 # --- paper ---------------------------------------------------------------------------------------
+
+
+def _this_device(scale: str) -> str | None:
+    """The GPU or CPU of this machine that cases of `scale` run on; None: it has no such."""
+    from cat_bench import environment
+    from cat_bench.paper import _settings
+
+    return environment.processor_name(_settings.scale_of(scale).device)
 
 
 def _exhibit_names(asked: str) -> list[str]:

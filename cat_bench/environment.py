@@ -216,6 +216,11 @@ def nvml_device() -> Any | None:
         return None
 
 
+def processor_name(device: str) -> str | None:
+    """The `gpu_name` or `cpu_name` of `capture`, for "cuda" and "cpu"."""
+    return _gpu()["gpu_name"] if device == "cuda" else _cpu_name()
+
+
 def clock_state() -> dict[str, Any]:
     """SM and memory clock, temperature, power and slow-down reasons now; {} without NVML."""
     device = nvml_device()

@@ -229,6 +229,26 @@ def test_one_exhibit_comes_from_one_device_and_the_newest_closing_wins(tmp_path)
     assert sorted(found.statuses.values()) == ["ok"] * 4 + ["oom"]
 
 
+def test_a_complete_other_machine_neither_stops_nor_stands_in_for_this_one(tmp_path) -> None:
+    """--run on an H100 where an H200 has every case: all are missing, then the H100's are drawn."""
+    cases = plan("fig5")
+    measure(tmp_path, cases)
+    records = _build.all_records(tmp_path)[0]
+    assert _build.missing_cases(["fig5"], "h100", records) == []
+    asked: list = []
+
+    def run_missing(missing: list) -> None:
+        asked.extend(missing)
+        measure(tmp_path, missing[:2], gpu_name="NVIDIA H100")
+
+    built = _build.build(["fig5"], "h100", tmp_path, run_missing, device="NVIDIA H100")
+    assert [case.key for case in asked] == [case.key for case in cases]
+    assert built.statuses[0].status == f"partial 2/{len(cases)}"
+    assert "on NVIDIA H100" in built.statuses[0].detail
+    found = _build.find(_build.all_records(tmp_path)[0], cases, device="NVIDIA A100")
+    assert found.records.empty and found.others == ("NVIDIA H100", "NVIDIA H200")
+
+
 def test_runs_made_at_the_same_time_are_not_mixed(tmp_path, monkeypatch) -> None:
     """The highest folder number wins for every case, whichever run closed it last."""
     cases = plan("fig5")[:2]

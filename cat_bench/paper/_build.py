@@ -77,12 +77,17 @@ def build(
     scale: str,
     results: Path,
     run_missing: Callable[[list[Case]], None] | None = None,
+    device: str | None = None,
 ) -> Built:
-    """Render `names` from what exists; `run_missing` measures, once, all cases that do not."""
+    """Render `names` from what exists; `run_missing` measures, once, all cases that do not.
+
+    `device` (a GPU's or CPU's name): only its rows exist. So another machine's rows neither keep
+    this one from measuring nor stand in for what it measures.
+    """
     _settings.scale_of(scale)
     records, runs, skipped = all_records(results)
     if run_missing:
-        run_missing(missing_cases(names, scale, records))
+        run_missing(missing_cases(names, scale, records, device))
         records, runs, skipped = all_records(results)
     folder = results / "paper" / scale
     files: list[Path] = []
@@ -90,7 +95,7 @@ def build(
     made: list[Status] = []
     index = _index(results, scale)
     for name in names:
-        found = find(records, exhibit(name).plan(scale))
+        found = find(records, exhibit(name).plan(scale), device)
         drawn[name] = exhibit(name).render(found.records, points_of(name), scale)
         files += write(drawn[name], folder, name)
         index[name] = sorted({case.key for case in found.planned})
@@ -135,8 +140,9 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
     return measurements.frame(runs), runs, tuple(skipped)
 
 
-def find(records: pd.DataFrame, planned: list[Case]) -> Found:
-    """The closed rows of `planned`, per case of the last run that closed it, all from one device.
+def find(records: pd.DataFrame, planned: list[Case], device: str | None = None) -> Found:
+    """The closed rows of `planned`, per case of the last run that closed it, all from one device:
+    the given one, or that with most cases.
 
     All other closed rows of that device come along with "chosen" False: a ratio to Dense is taken
     inside one run, also where a later run has another Dense. A case is the same with any number of
@@ -150,11 +156,12 @@ def find(records: pd.DataFrame, planned: list[Case]) -> Found:
     newest = closing.sort_values("number", kind="stable").drop_duplicates(
         ["case", "device_name"], keep="last"
     )
-    if newest.empty:
-        return Found(planned, records.iloc[:0], None, (), {})
     counts = Counter(newest["device_name"])
-    latest = newest.groupby("device_name")["number"].max()
-    device = max(counts, key=lambda name: (counts[name], latest[name]))
+    if device is None and counts:
+        latest = newest.groupby("device_name")["number"].max()
+        device = max(counts, key=lambda name: (counts[name], latest[name]))
+    if device not in counts:
+        return Found(planned, records.iloc[:0], None, tuple(sorted(counts)), {})
     chosen = newest[newest["device_name"] == device]
     pairs = pd.MultiIndex.from_frame(chosen[["run", "case"]])
     rows = records[records["device_name"] == device]
@@ -175,11 +182,13 @@ def _run_number(name: str) -> int:
     return int(name.partition("-")[0])
 
 
-def missing_cases(names: Sequence[str], scale: str, records: pd.DataFrame) -> list[Case]:
-    """Cases of `names` that no run has closed on the exhibit's device, each once."""
+def missing_cases(
+    names: Sequence[str], scale: str, records: pd.DataFrame, device: str | None = None
+) -> list[Case]:
+    """Cases of `names` that no run has closed on `device` (see `find`), each once."""
     missing: dict[str, Case] = {}
     for name in names:
-        found = find(records, exhibit(name).plan(scale))
+        found = find(records, exhibit(name).plan(scale), device)
         if _settings.only_reference(getattr(exhibit(name), "ARCHITECTURES", ()), scale):
             continue
         missing |= {case.key: case for case in found.planned if case.key not in found.statuses}
