@@ -65,11 +65,7 @@ def decode_attention(
     kernel right before this one, which may start before that has ended.
     """
     batch_size, num_heads, num_kv = len(q), q.shape[1] // HEAD_WIDTH, keys.shape[1]
-    few = batch_size * num_heads <= FEW_PROGRAMS and keys.shape[2] <= FEW_ROWS
-    tile = FEW if few else SHORT if keys.shape[2] <= SHORT_ROWS else LONG
-    splits = max(1, PROGRAMS_WANTED // (batch_size * num_heads * tile.warps))
-    splits = min(splits, triton.cdiv(keys.shape[2], 2 * tile.rows), 64)
-    splits = 2 ** (splits.bit_length() - 1)  # the combining kernel holds them in one tile
+    tile, splits = tiling(batch_size * num_heads, keys.shape[2])
     out = torch.empty(batch_size, num_heads * HEAD_WIDTH, dtype=q.dtype, device=q.device)
     partial = q.new_empty(batch_size * num_heads, splits, HEAD_WIDTH + 2, dtype=torch.float32)
     second = rows.second_start is not None
@@ -77,13 +73,26 @@ def decode_attention(
         q, k, v, keys, values, *rope, out, partial, *(rows if second else (*rows[:3], *rows[:2])),
         q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1),
         HEADS=num_heads, GROUP=num_heads // num_kv, SPLITS=splits, BLOCK=tile.rows, E=HEAD_WIDTH,
-        SECOND=second, STAGES=tile.stages, AHEAD=few, num_warps=tile.warps, **early_launch(),
+        SECOND=second, STAGES=tile.stages, AHEAD=tile == FEW, num_warps=tile.warps,
+        **early_launch(),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(batch_size * num_heads,)](
             partial, out, SPLITS=splits, E=HEAD_WIDTH, **early_launch()
         )
     return out
+
+
+def tiling(num_programs: int, num_rows: int) -> tuple[Tile, int]:
+    """The tile for caches of `num_rows` rows, one program a head, and over how many programs more
+    the rows of a head are split: enough to fill the GPU, and a power of two, for the combining
+    kernel holds them in one tile.
+    """
+    few = num_programs <= FEW_PROGRAMS and num_rows <= FEW_ROWS
+    tile = FEW if few else SHORT if num_rows <= SHORT_ROWS else LONG
+    splits = max(1, PROGRAMS_WANTED // (num_programs * tile.warps))
+    splits = min(splits, triton.cdiv(num_rows, 2 * tile.rows), 64)
+    return tile, 2 ** (splits.bit_length() - 1)
 
 
 @triton.jit
@@ -454,7 +463,8 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, EARLY: tl.c
 def argmax(logits: Tensor, out: Tensor) -> None:
     """Column of the largest of each row, logits (b, v) -> out (b,) int64; the first of equals.
 
-    Reference: torch.argmax, which also takes nan for the largest. Last dimension contiguous.
+    Reference: torch.argmax. As there nan counts as the largest, but only as inf does: the first of
+    either is taken. Last dimension contiguous.
     """
     _argmax_kernel[(len(logits),)](
         logits, out, logits.shape[1], logits.stride(0), out.stride(0), BLOCK=8192, num_warps=32

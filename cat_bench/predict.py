@@ -259,8 +259,11 @@ def plan_table(
 ) -> pd.DataFrame:
     """The plan as people read it: one row per shape of an architecture, units in the headers.
 
-    With `memory_bytes` it says whether a case fits; `memory_of` says in what ("host").
+    With `memory_bytes` it says whether a case fits; `memory_of` says in what ("host"). Of suite
+    attention, which runs no model, it says which implementations are timed.
     """
+    if all(case.suite == "attention" for case in cases):
+        return _attention_table(cases, resolved)
     fit_column = ""
     if memory_bytes is not None:
         fit_column = f"fits in {memory_bytes / GIB:.1f} GiB{memory_of and f' ({memory_of})'}"
@@ -296,6 +299,20 @@ def plan_table(
             text["budget ratio"] = f"{row['match_ratio']:.3f}" if "match_ratio" in row else "-"
         rows.append(text)
     return pd.DataFrame(rows)
+
+
+def _attention_table(cases: list[Case], resolved: dict[str, dict]) -> pd.DataFrame:
+    timed: dict[tuple[str, int, int, int], list[str]] = {}
+    for case in sorted(cases, key=lambda c: (c.arch, c.seq_len, c.batch_size, c.seed)):
+        label = resolved[case.key]["label"].partition(" (")[0]  # without the size of its model
+        shape = label, case.batch_size, case.seq_len, case.seed
+        timed.setdefault(shape, []).append(dict(case.settings)["implementation"])
+    rows = [
+        (label, str(batch_size), str(seq_len), ", ".join(names))
+        for (label, batch_size, seq_len, _), names in timed.items()
+    ]
+    columns = ["attention of", "batch", "seq len tokens", "implementations"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _number(value: float | None) -> str:

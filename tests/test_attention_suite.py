@@ -1,6 +1,7 @@
 """The attention suite: its plan, counts of pairs, layouts and rows; the table and the exhibit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cat_bench.chunk_attention import chunk_mask
 from cat_bench.errors import UserError
 from cat_bench.paper import _build
 from cat_bench.paper import attention as exhibit
-from cat_bench.predict import resolve
+from cat_bench.predict import plan_table, resolve
 from cat_bench.spec import parse
 from cat_bench.suites import attention
 from cat_bench.suites.attention import Shape, flex_layout, measure, plan
@@ -42,9 +43,20 @@ def test_the_plan_covers_implementations_and_lengths() -> None:
     assert resolve(cases)  # long enough models, by their own account
 
 
-def test_quick_runs_what_a_cpu_can() -> None:
-    cases = plan([], Options(scale="smoke"))
+@pytest.mark.parametrize("scale", ["smoke", "custom"])
+def test_a_cpu_is_asked_for_what_it_can(scale: str) -> None:
+    cases = plan([], Options(scale=scale))
     assert {name for *_, name in names(cases)} == {"eager", "two_part", "causal"}
+
+
+def test_a_gpus_implementation_on_a_cpu_says_so() -> None:
+    case = next(
+        case
+        for case in plan([parse(CAT)], Options(device="cuda", seq_lens=(16,), dtype="float32"))
+        if dict(case.settings)["implementation"] == "fused"
+    )
+    with pytest.raises(UserError, match="needs a CUDA GPU"):
+        list(measure(replace(case, device="cpu"), build(parse(case.arch))))
 
 
 def test_unknown_attention_and_counts_are_refused() -> None:
@@ -52,6 +64,25 @@ def test_unknown_attention_and_counts_are_refused() -> None:
         plan([parse("mamba2")], Options())
     with pytest.raises(UserError, match="must be 1 or more"):
         plan([], Options(seq_lens=(0,)))
+    with pytest.raises(UserError, match="--dtype 'float8' is unknown"):
+        plan([], Options(dtype="float8"))
+
+
+@pytest.mark.parametrize(
+    "flag, option",
+    [
+        ("--prompt-len", {"prompt_lens": (8,)}),
+        ("--new-tokens", {"new_tokens": 8}),
+        ("--decode-path", {"decode_path": "eager"}),
+        ("--forward-path", {"forward_path": "eager"}),
+        ("--activation-checkpointing", {"activation_checkpointing": True}),
+        ("--match", {"match": "params"}),
+        ("--reference-every", {"reference_every": 4}),
+    ],
+)
+def test_flags_without_a_meaning_are_refused(flag: str, option: dict) -> None:
+    with pytest.raises(UserError, match=f"{flag} means nothing"):
+        plan([], Options(**option))
 
 
 @pytest.mark.parametrize("rows, size", [(1, 4), (8, 4), (9, 4), (11, 4), (7, 1), (3, 5)])
@@ -82,10 +113,6 @@ def test_rows_of_a_case(arch: str) -> None:
     options = Options(seq_lens=(16,), batch_sizes=(2,), repeats=2)
     for case in plan([parse(arch)], options):
         model = build(parse(case.arch))
-        if dict(case.settings)["implementation"] not in ("eager", "two_part", "causal"):
-            with pytest.raises(UserError, match="needs a CUDA GPU"):
-                list(measure(case, model))
-            continue
         rows = {record.metric: record for record in measure(case, model)}
         assert len(rows["forward_s"].samples) == len(rows["forward_backward_s"].samples) == 2
         pairs, heads = rows["attended_pairs"].value, 2 if arch == CAT else 1  # CAT: D_d = 2 D
@@ -93,6 +120,15 @@ def test_rows_of_a_case(arch: str) -> None:
         assert rows["forward_backward_flops"].value == 14 * 64 * heads * 2 * pairs
         rate = rows["forward_flops"].value / rows["forward_s"].value
         assert rows["forward_flops_per_s"].value == pytest.approx(rate)
+
+
+def test_the_dry_run_names_implementations_not_models() -> None:
+    cases = plan([], Options(device="cuda", seq_lens=(1024, 8192)))
+    table = plan_table(cases, resolve(cases), 80e9).set_index(["attention of", "seq len tokens"])
+    assert table.loc[("Dense-2D", "1024"), "implementations"] == "causal"
+    of_cat = table.loc[("CAT-16", "8192"), "implementations"].split(", ")
+    assert set(of_cat) == {"two_part", "fused", "flex_interleaved", "flex_permuted"}
+    assert len(table) == 6 and "params M" not in table
 
 
 # --- the table and the exhibit --------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_metadata_says_what_the_code_needs():
     project = PYPROJECT["project"]
     assert project["requires-python"] == ">=3.11"
     assert project["scripts"] == {"cat-bench": "cat_bench.cli:main"}
-    assert set(project["optional-dependencies"]) == {"cuda", "fa3", "eval", "dev"}
+    assert set(project["optional-dependencies"]) == {"cuda", "eval", "dev"}
     assert (ROOT / "constraints" / "cpu.txt").read_text().strip() == "torch==2.13.0"
 
 

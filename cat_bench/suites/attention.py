@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
 from cat_bench.spec import Spec, parse, tiny
+from cat_bench.suites import efficiency
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,13 +71,14 @@ class Shape(NamedTuple):
 
 
 def plan(specs: list[Spec], options: Options) -> list[Case]:
-    """Architectures x lengths x implementations, in this order; batches of TOKENS tokens."""
-    smoke = options.scale == "smoke"
+    """Architectures x lengths x implementations that the device has; batches of TOKENS tokens.
+
+    In the order of efficiency.by_cell.
+    """
     defaults = [parse(text) for text in ARCHITECTURES]
-    specs = specs or ([tiny(spec) for spec in defaults] if smoke else defaults)
+    specs = specs or ([tiny(one) for one in defaults] if options.scale == "smoke" else defaults)
+    _check(specs, options)
     seq_lens = options.seq_lens or SEQ_LENS[options.device]
-    if min(*seq_lens, *(options.batch_sizes or ()), options.repeats or 1, 1) < 1:
-        raise UserError("lengths, batch sizes and repeats must be 1 or more.", "See --dry-run.")
     cases = {}
     for spec, seq_len, seed in itertools.product(specs, seq_lens, options.seeds):
         if spec.name not in IMPLEMENTATIONS:
@@ -88,9 +90,25 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
         for batch_size in batch_sizes:
             for name in IMPLEMENTATIONS[spec.name]:
                 too_long = name == "eager" and seq_len > MAX_EAGER
-                if not too_long and (name in ON_CPU or not smoke):
+                if not too_long and (name in ON_CPU or options.device == "cuda"):
                     cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
-    return list(cases)
+    return efficiency.by_cell(cases)
+
+
+def _check(specs: list[Spec], options: Options) -> None:
+    """Raises UserError for the first option that makes no sense."""
+    for flag, value in (
+        ("--prompt-len", options.prompt_lens),
+        ("--new-tokens", options.new_tokens),
+        ("--decode-path", options.decode_path),
+        ("--forward-path", options.forward_path),
+        ("--activation-checkpointing", options.activation_checkpointing or None),
+        ("--match", options.match),
+        ("--reference-every", options.reference_every),
+    ):
+        if value is not None:
+            raise UserError(f"{flag} means nothing to attention alone.", f"Drop {flag}.")
+    efficiency.check_options(specs, options)
 
 
 def _case(

@@ -68,8 +68,8 @@ def decoded(model: Architecture, tokens: Tensor, prompt_len: int) -> Tensor:
 def test_float32_equals_eager(
     subject: Subject, path: str, batch_size: int, prompt_len: int
 ) -> None:
-    """One sequence (kernels of its own), few and many (rows split over programs or not), prompts on
-    and off a boundary.
+    """One sequence (kernels of its own), few and many, prompts on and off a boundary. Tiny models
+    take few of the tiles of cached attention: test_decode_attention.py takes them all.
     """
     eager, fast = pair(subject, path, "float32")
     tokens = subject.tokens(batch_size, prompt_len + NUM_STEPS).cuda()
