@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import HEAD_WIDTH, Attend, Block, Rope, check_width, rope_table
+from cat_bench.blocks import HEAD_WIDTH, Attend, Block, Rope, check_width, rope_table, sum_dtype
 from cat_bench.graph import (
     CapturedStep,
     Rows,
@@ -302,9 +302,7 @@ class Layer(Block):
         return self.qkv(self.attn_norm(x))
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.attn_out(y)
-        h = self.mlp_norm(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+        return self.feed_forward(x + self.attn_out(y))
 
     def fast(self, x: Tensor, call: Call, cache: Any) -> Tensor:
         rows = x.flatten(0, 1)
@@ -486,8 +484,3 @@ def upstream_taylor_attention() -> Taylor:
         return parallel_based(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
 
     return attend
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of recurrent sums: float32 at least, since thousands of small terms are added up."""
-    return torch.promote_types(dtype, torch.float32)

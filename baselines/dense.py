@@ -24,7 +24,7 @@ PRESETS = {
     "dense-wikitext": {"width": 768, "num_layers": 6, "vocab_size": 32_000},  # paper C.1, E.4
     "dense-mqar": {"width": 64, "num_layers": 2, "vocab_size": 8192},  # paper C.2, E.5
 }
-REQUIRES = {"cuda_graph": "triton"}
+REQUIRES = {"cuda_graph": "triton"}  # compile runs on a CPU, too
 
 
 @dataclass(frozen=True)

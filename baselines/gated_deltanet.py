@@ -46,6 +46,7 @@ from cat_bench.blocks import (
     check_width,
     linear_params,
     rope_table,
+    sum_dtype,
     swiglu_width,
 )
 from cat_bench.errors import UserError
@@ -178,7 +179,7 @@ class Model(LanguageModel):
         slots = min(c.window, max_len)
         ring = (c.num_sliding_layers, batch_size, c.width // HEAD_WIDTH, slots, HEAD_WIDTH)
         buffers = State(
-            matrices=like.new_zeros(matrix, dtype=at_least_float32(like.dtype)),
+            matrices=like.new_zeros(matrix, dtype=sum_dtype(like.dtype)),
             inputs=like.new_zeros(inputs),
             keys=like.new_zeros(ring),
             values=like.new_zeros(ring),
@@ -271,7 +272,7 @@ class Model(LanguageModel):
 
     def _memory_bytes(self) -> int:
         c, dtype = self.config, self.head.weight.dtype
-        matrix = c.num_heads * c.key_width * c.value_width * at_least_float32(dtype).itemsize
+        matrix = c.num_heads * c.key_width * c.value_width * sum_dtype(dtype).itemsize
         return c.num_delta_layers * (matrix + c.conv_width * c.conv_channels * dtype.itemsize)
 
     def _ring_bytes(self, num_tokens: int) -> int:
@@ -335,10 +336,8 @@ class DeltaBlock(nn.Module):
         return self.mixer.o_proj
 
     def feed_forward(self, x: Tensor, o: Tensor) -> Tensor:
-        """x, o (b, t, d): residual, norm, SwiGLU, residual."""
-        x = x + o
-        h = self.mlp_norm(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+        """x, o (b, t, d): residual, then as in Block, whose names the parameters have."""
+        return Block.feed_forward(self, x + o)  # type: ignore[arg-type]
 
     def init_weights(self, num_layers: int) -> None:
         """Matrices as in Block; the mixer's convolutions and vectors as it makes them."""
@@ -385,7 +384,7 @@ class GatedDeltaNet(nn.Module):
         c, like = self.config, self.o_proj.weight
         matrix = (batch_size, c.num_heads, c.key_width, c.value_width)
         return Memory(
-            like.new_zeros(matrix, dtype=at_least_float32(like.dtype)),
+            like.new_zeros(matrix, dtype=sum_dtype(like.dtype)),
             like.new_zeros(batch_size, c.conv_width, c.conv_channels),
         )
 
@@ -429,9 +428,7 @@ class GatedDeltaNet(nn.Module):
         kernel = torch.cat(self.kernels())  # (n, 1, conv_width), newest last
         out = F.silu(F.conv1d(seen[:, 1:].transpose(1, 2), kernel, groups=len(kernel)))  # (b, n, t)
         keys = c.num_heads * c.key_width
-        parts = out.to(at_least_float32(new.dtype)).split(
-            [keys, keys, c.num_heads * c.value_width], 1
-        )
+        parts = out.to(sum_dtype(new.dtype)).split([keys, keys, c.num_heads * c.value_width], 1)
         q, k, v = (part.unflatten(1, (c.num_heads, -1)).transpose(2, 3) for part in parts)
         return q, k, v, seen[:, -c.conv_width :]
 
@@ -523,11 +520,6 @@ def chunked_delta_rule(
 def unit(x: Tensor) -> Tensor:
     """x with L2 norm 1 along its last dimension."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of recurrent sums: bfloat16 -> float32, float64 stays."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # --- a prompt and a cached step; all but read_block change x in place, without gradients ----------

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
+from cat_bench.blocks import sum_dtype
 from cat_bench.errors import UserError
 from cat_bench.graph import CapturedStep, add_linear_, norm_linear, rms_norm
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
@@ -52,7 +53,12 @@ PRESETS = {
     "mamba2-32": {"d_state": 32},
     "mamba2-64": {"d_state": 64},
 }
-REQUIRES = {"cuda_graph": "mamba_ssm", "upstream": "mamba_ssm", "upstream_graph": "mamba_ssm"}
+REQUIRES = {
+    "cuda_graph": "mamba_ssm",
+    "upstream_graph": "mamba_ssm",
+    "upstream": "mamba_ssm",
+    "forward upstream": ("mamba_ssm", "causal_conv1d"),
+}
 TINY = {"headdim": 16}  # for the contract: 8 heads, and strides that causal-conv1d takes
 
 SCAN_CHUNK = 64  # tokens; moves the scan's time and memory, not its result
@@ -182,7 +188,7 @@ class Model(LanguageModel):
     def state_dtype(self) -> torch.dtype:
         """Of S between two calls; inside of one it is float32 at least."""
         dtype = self.head.weight.dtype
-        return dtype if self.config.state_dtype == "model" else at_least_float32(dtype)
+        return dtype if self.config.state_dtype == "model" else sum_dtype(dtype)
 
     def reset(self, state: State) -> State:
         return state._replace(columns=state.columns.zero_(), matrices=state.matrices.zero_())
@@ -298,7 +304,7 @@ class Mixer(nn.Module):
         seen = torch.cat([columns, xbc], dim=1)  # (b, w + t, m)
         xbc = F.silu(self.conv1d(seen[:, 1:].transpose(1, 2)).transpose(1, 2))  # (b, t, m)
         with torch.autocast(u.device.type, enabled=False):
-            wide = at_least_float32(matrix.dtype)
+            wide = sum_dtype(matrix.dtype)
             y, matrix = self._mix(*(part.to(wide) for part in (xbc, dt, matrix)), scan)
         out = self.out_proj(self.norm(y.to(u.dtype) * F.silu(z)))
         return out, seen[:, -c.conv_width :], matrix
@@ -324,10 +330,6 @@ class Mixer(nn.Module):
             self.out_proj.weight /= num_layers**0.5
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
             self.A_log.copy_(torch.log(A_RANGE[0] + (A_RANGE[1] - A_RANGE[0]) * draw[1]))
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def recurrence(

@@ -34,7 +34,7 @@ from cat_bench.window import (
 )
 
 PRESETS = {"swa-512": {"window": 512}, "swa-64": {"window": 64}}
-REQUIRES = {"cuda_graph": "triton"}
+REQUIRES = {"cuda_graph": "triton", "compile": "triton"}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from cat_bench.graph import CapturedStep, Rows
 from cat_bench.language_model import Transformer
 
 PRESETS = {"sparse-2d": {"width": 2048}}
-REQUIRES = {"cuda_graph": "triton"}
+REQUIRES = {"cuda_graph": "triton", "compile": "triton"}
 
 
 @dataclass(frozen=True)

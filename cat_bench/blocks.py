@@ -1,4 +1,4 @@
-"""Transformer++ parts that Dense and CAT share: RMSNorm, fused QKV, RoPE, SwiGLU (cat_spec.md 1.1).
+"""Transformer++ parts that architectures share: RMSNorm, fused QKV, RoPE, SwiGLU (cat_spec.md 1.1).
 
 Pre-norm residual blocks without biases or dropout; head width 64. The attention itself is passed in
 by the caller as a function of (q, k, v), so one block serves forward, prefill and cached steps.
@@ -56,7 +56,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         q, k, v = self.split_heads(self.qkv(self.attn_norm(x)))
         o = attend(rotate(q, rope), rotate(k, rope), v)  # (b, h, t, e)
-        x = x + self.attn_out(o.transpose(1, 2).flatten(2))
+        return self.feed_forward(x + self.attn_out(o.transpose(1, 2).flatten(2)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half, (b, t, d) -> (b, t, d): norm, SwiGLU, residual."""
         h = self.mlp_norm(x)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
@@ -120,3 +123,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if num_queries == 1 or num_queries == num_keys:  # no mask tensor: flash kernels apply
         return attention(q, k, v, causal=num_queries > 1)
     return attention(q, k, v, causal_mask(num_queries, num_keys, q.device))
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of recurrent sums: float32 at least, since thousands of small terms are added up."""
+    return torch.promote_types(dtype, torch.float32)

@@ -34,7 +34,8 @@ from cat_bench.blocks import (
     linear_params,
     rope_table,
 )
-from cat_bench.chunk_attention import chunk_attention, chunk_block
+from cat_bench.chunk_attention import chunk_attention
+from cat_bench.chunk_block import chunk_block
 from cat_bench.errors import require_cuda
 from cat_bench.graph import (
     CapturedStep,
@@ -78,7 +79,7 @@ PRESETS = {
         "max_len": 256,
     },
 }  # fmt: skip
-REQUIRES = {"cuda_graph": "triton"}
+REQUIRES = {"cuda_graph": "triton", "compile": "triton"}
 LAYOUT_VERSION = 1  # compact N + 1 rows; raised when a checkpoint would mean something else
 
 

@@ -15,9 +15,6 @@ sections 2 and B.2, cat_spec.md 1.3 and 3); "last" is the strided pattern of Spa
 A query sees t / C + C rows at most instead of t, so a long sequence costs about C times less than
 dense causal attention; a mask alone saves nothing, for seen and unseen columns alternate.
 
-`chunk_block` is a whole decoder block for training on that pattern, with the rotation inside the
-kernels.
-
 Shapes: b batch, h query heads, g key-value heads, t rows, e head width, k chunks = ceil(t / C).
 """
 
@@ -28,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cat_bench.blocks import Block, Rope, attention, rotate
+from cat_bench.blocks import attention
 
 IMPLEMENTATIONS = ("eager", "two_part", "fused")
 MAX_FUSED_CHUNK = 128  # rows; a chunk must fit into one tile of the kernels
@@ -67,7 +64,7 @@ def chunk_attention(
         return attention(q, k, v, mask=chunk_mask(q.shape[2], chunk_size, offset, q.device))
     if implementation == "two_part":
         return _two_part(q, k, v, chunk_size, offset)
-    _check_fused(q, chunk_size)
+    check_fused(q, chunk_size)
     return fused(q, k, v, chunk_size, offset)[0]
 
 
@@ -88,15 +85,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str, name:
             f"q, k and v must have one dtype and device, got {q.dtype}, {k.dtype} and {v.dtype} "
             f"on {q.device}, {k.device} and {v.device}."
         )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v must be of a floating-point dtype, got {q.dtype}.")
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size}.")
     if summary not in ("first", "last"):
         raise ValueError(f"summary must be 'first' or 'last', got '{summary}'.")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got '{name}'.")
 
 
-def _check_fused(q: Tensor, chunk_size: int) -> None:
+def check_fused(q: Tensor, chunk_size: int) -> None:
     """What the kernels cannot do has another name: nothing falls back in silence."""
     other = "use implementation='two_part'."
     if not q.is_cuda:
@@ -183,7 +182,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> tupl
     from cat_bench.chunk_kernels import forward
 
     o, lse = _outputs(q)
-    forward(_whole(q), _whole(k), _whole(v), o, lse, chunk_size, offset)
+    forward(whole(q), whole(k), whole(v), o, lse, chunk_size, offset)
     return o, lse
 
 
@@ -202,8 +201,8 @@ def fused_backward(
 
     dq, dk, dv = (_like_tokens(q) for _ in range(3))
     delta = torch.empty_like(lse)  # rows of do times o, handed from one kernel to the next
-    qkv = _whole(q), _whole(k), _whole(v)
-    backward(_whole(do), *qkv, o, lse, delta, dq, dk, dv, chunk_size, offset)
+    qkv = whole(q), whole(k), whole(v)
+    backward(whole(do), *qkv, o, lse, delta, dq, dk, dv, chunk_size, offset)
     return dq, _shared(dk, k), _shared(dv, k)
 
 
@@ -246,111 +245,6 @@ def _shared(gradient: Tensor, k: Tensor) -> Tensor:
     return gradient.unflatten(1, (k.shape[1], -1)).sum(2)
 
 
-def _whole(x: Tensor) -> Tensor:
+def whole(x: Tensor) -> Tensor:
     """Every head of a row in one piece: the kernels take any strides but the last."""
     return x if x.stride(3) == 1 else x.contiguous()
-
-
-# --- fused, packed: the rotation inside -----------------------------------------------------------
-
-
-def chunk_block(block: Block, x: Tensor, rope: Rope, chunk_size: int) -> Tensor:
-    """`block(x, rope, attend)` on chunk attention with summary="first", for training on CUDA.
-
-    x (b, t, d) -> (b, t, d). `rope` as in packed_reference. The block has as many key-value heads
-    as heads, and no q_norm. Raises ValueError as "fused" does.
-    """
-    qkv = block.qkv(block.attn_norm(x))
-    _check_fused(_split(qkv, block.num_heads)[0], chunk_size)
-    x = x + block.attn_out(packed(qkv, *rope, block.num_heads, chunk_size)[0])
-    h = block.mlp_norm(x)
-    return x + block.w2(F.silu(block.w1(h)) * block.w3(h))
-
-
-def packed_reference(qkv: Tensor, rope: Rope, num_heads: int, chunk_size: int) -> Tensor:
-    """Chunk attention, summary="first", of a projection as it is: (b, t, 3 h e) -> (b, t, h e).
-
-    Rope tables (t, e/2) of ids that start again from 0 in every chunk.
-    """
-    q, k, v = _split(qkv, num_heads)
-    o = chunk_attention(rotate(q, rope), rotate(k, rope), v, chunk_size)
-    return o.transpose(1, 2).flatten(2)
-
-
-@torch.library.custom_op("cat_bench::packed_chunk_attention", mutates_args=())
-def packed(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """The same on the kernels, and log2 of the sums of exponentials, (b, h, t) float32.
-
-    So neither the rotated rows nor their gradients exist in memory. Arguments are not checked.
-    """
-    from cat_bench.chunk_kernels import forward
-
-    o, lse = _packed_outputs(qkv, num_heads)
-    q, k, v = (_whole(x) for x in _split(qkv, num_heads))
-    forward(q, k, v, _by_head(o, num_heads), lse, chunk_size, 0, (cos, sin))
-    return o, lse
-
-
-@packed.register_fake
-def _(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    return _packed_outputs(qkv, num_heads)
-
-
-@torch.library.custom_op("cat_bench::packed_chunk_attention_backward", mutates_args=())
-def packed_backward(
-    do: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, lse: Tensor,
-    num_heads: int, chunk_size: int,
-) -> Tensor:  # fmt: skip
-    """The gradient of qkv, written by the kernels where it lies."""
-    from cat_bench.chunk_kernels import backward
-
-    d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    delta = torch.empty_like(lse)
-    do, o = _whole(_by_head(do, num_heads)), _by_head(o, num_heads)
-    q, k, v = (_whole(x) for x in _split(qkv, num_heads))
-    dq, dk, dv = _split(d_qkv, num_heads)
-    backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size, 0, (cos, sin))
-    return d_qkv
-
-
-@packed_backward.register_fake
-def _(
-    do: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, lse: Tensor,
-    num_heads: int, chunk_size: int,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _save_packed(ctx, inputs, output) -> None:
-    qkv, cos, sin, ctx.num_heads, ctx.chunk_size = inputs
-    ctx.save_for_backward(qkv, cos, sin, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for lse
-
-
-def _packed_gradients(ctx, do: Tensor, _):
-    d_qkv = packed_backward(do, *ctx.saved_tensors, ctx.num_heads, ctx.chunk_size)
-    return d_qkv, None, None, None, None
-
-
-packed.register_autograd(_packed_gradients, setup_context=_save_packed)
-
-
-def _packed_outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    b, t, width = qkv.shape
-    lse = torch.empty(b, num_heads, t, dtype=torch.float32, device=qkv.device)
-    return qkv.new_empty(b, t, width // 3), lse
-
-
-def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    """(b, t, 3 h e) -> views of q, k and v, (b, h, t, e) each."""
-    return _by_head(qkv, 3 * num_heads).split(num_heads, dim=1)
-
-
-def _by_head(x: Tensor, num_heads: int) -> Tensor:
-    """(b, t, h e) -> (b, h, t, e), a view."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cat_bench import spec
-from cat_bench.packages import PACKAGES, Package, install_command
+from cat_bench.packages import PACKAGES, Package, install_command, is_installed
 from cat_bench.store import digest as digest  # one definition of Record.environment
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -312,12 +312,14 @@ def worker_process(*arguments: str) -> tuple[list[str], dict[str, str]]:
 
 def doctor(results: Path = Path("results")) -> list[Check]:
     """One line per thing that a measurement here relies on."""
+    from_torch = _check_torch_and_architectures()
+    has_gpu = any((check.name, check.status) == ("cuda", "ok") for check in from_torch)
     return [
         _check_python(),
         _check_commit(),
-        *_check_torch_and_architectures(),
+        *from_torch,
         *(_check_package(package) for package in PACKAGES),
-        *(_check_paths(info) for info in spec.architectures()),
+        *(_check_paths(info, has_gpu) for info in spec.architectures()),
         *_check_nvml(),
         _check_disk(results),
     ]
@@ -345,25 +347,34 @@ def _check_commit() -> Check:
 
 
 def _check_package(package: Package) -> Check:
-    if importlib.util.find_spec(package.module) is None:
+    if not is_installed(package.module):
         detail = f"not installed; needed for: {package.serves}"
         return Check(package.distribution, "warn", detail, package.install)
     version = _version(package.distribution) or "unknown version"
     return Check(package.distribution, "ok", version)
 
 
-def _check_paths(info: spec.ArchitectureInfo) -> Check:
-    """Which ways to run an architecture are ready here. Found, not imported: mamba_ssm counts as
-    installed without its CUDA extension, which only Mamba-1 needs.
+def _check_paths(info: spec.ArchitectureInfo, has_gpu: bool) -> Check:
+    """Which ways to run an architecture are ready here. Packages are found, not imported: mamba_ssm
+    counts as installed without its CUDA extension, which only Mamba-1 needs.
     """
-    packages = {path: info.missing(path) for path in (*info.decode_paths, *info.forward_paths)}
-    ready = [path for path, package in packages.items() if package is None]
-    lacking = [f"{path} (needs {package})" for path, package in packages.items() if package]
+    paths = [("decode", path) for path in info.decode_paths]
+    paths += [("forward", path) for path in info.forward_paths]
+    packages = {path: info.lacking(*path) for path in paths}
+    wants = {
+        f"{kind} {path}": [*lacking, *(["a GPU"] if info.needs_gpu(kind, path) > has_gpu else [])]
+        for (kind, path), lacking in packages.items()
+    }
+    ready = [path for path, wanted in wants.items() if not wanted]
+    not_ready = [f"{path} (needs {' and '.join(w)})" for path, w in wants.items() if w]
     name, detail = f"paths of {info.name}", f"ready: {', '.join(ready)}"
-    if not lacking:
+    if not not_ready:
         return Check(name, "ok", detail)
-    fixes = dict.fromkeys(install_command(package) for package in packages.values() if package)
-    return Check(name, "warn", f"{detail}; not ready: {', '.join(lacking)}", "; ".join(fixes))
+    installs = dict.fromkeys(install_command(one) for some in packages.values() for one in some)
+    fix = "; ".join(installs)
+    if any("a GPU" in wanted for wanted in wants.values()):
+        fix = f"On a machine with an NVIDIA GPU{': ' if fix else '.'}{fix}"
+    return Check(name, "warn", f"{detail}; not ready: {', '.join(not_ready)}", fix)
 
 
 def _check_nvml() -> list[Check]:

@@ -28,6 +28,7 @@ class ForwardPath(nn.Module):
 
     forward_path: str
     checkpoint_blocks: bool = False  # keep only the inputs of blocks for the backward pass
+    num_checkpointed: int = 0  # calls that `checkpointed` wrapped so far; 0: `hidden` never asked
     memory_budget: float = 1.0  # share that torch.compile may keep of what it would for backward
 
     def on_forward_path(self, run: Callable) -> Callable:
@@ -46,6 +47,7 @@ class ForwardPath(nn.Module):
         """`run`, whose activations are made again in the backward pass if `checkpoint_blocks`."""
         if not (self.checkpoint_blocks and torch.is_grad_enabled()):
             return run
+        self.num_checkpointed += 1
         return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -7,8 +7,9 @@ share of both gradients, so the backward pass only scales what the forward pass 
     loss = linear_cross_entropy(hidden, head.weight, targets)       # = F.cross_entropy(logits, ...)
 
 Targets are not shifted here: row t of `targets` is the token that row t of `hidden` predicts. The
-loader shifts, once (cat_spec.md 2). A target of -100 counts nowhere; any other one outside of the
-vocabulary is an IndexError or, on a GPU, a loss of nan.
+loader shifts, once (cat_spec.md 2). A target of -100 counts nowhere. Any other one outside of the
+vocabulary makes the loss nan with the implementation "triton"; the eager one raises, RuntimeError
+or IndexError on a CPU, and fails an assertion on the device on a GPU.
 
 Shapes: b batch, t tokens, n = b t rows, r rows of a chunk, d width, v vocabulary.
 """

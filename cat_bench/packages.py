@@ -1,5 +1,6 @@
 """Optional packages: what each serves and how it is installed. Imports none of them."""
 
+import importlib.util
 from typing import NamedTuple
 
 
@@ -10,15 +11,24 @@ class Package(NamedTuple):
     distribution: str
     serves: str
     install: str
+    gpu_only: bool = False  # its kernels run on NVIDIA GPUs and nowhere else
+    extension: str = ""  # compiled module, where the package can be there without and is useless
 
 
 PACKAGES = (
-    Package("triton", "triton", "decode path cuda_graph", "pip install -e '.[cuda]'"),
+    Package(
+        "triton",
+        "triton",
+        "decode path cuda_graph, forward path compile on a GPU",
+        "pip install -e '.[cuda]'",
+        gpu_only=True,
+    ),
     Package(
         "fla",
         "flash-linear-attention",
         "fast paths of GatedDeltaNet, upstream kernels of BASED",
         "pip install -e '.[cuda]'",
+        gpu_only=True,
     ),
     Package(
         "mamba_ssm",
@@ -26,12 +36,15 @@ PACKAGES = (
         "fast paths of Mamba2",
         "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "
         "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1",
+        gpu_only=True,
     ),
     Package(
         "causal_conv1d",
         "causal-conv1d",
-        "a faster convolution for upstream Mamba2",
+        "forward path upstream of Mamba2, and its authors' own loop in suite upstream",
         "pip install --no-build-isolation --no-deps causal-conv1d==1.7.0  (compiles with nvcc)",
+        gpu_only=True,
+        extension="causal_conv1d_cuda",
     ),
     Package("lm_eval", "lm-eval", "suite lm_eval", "pip install -e '.[eval]'"),
     Package("transformers", "transformers", "suite lm_eval", "pip install -e '.[eval]'"),
@@ -39,6 +52,20 @@ PACKAGES = (
 )
 
 
+BY_MODULE = {package.module: package for package in PACKAGES}
+
+
 def install_command(module: str) -> str:
     """How to install what `import module` needs."""
-    return {known.module: known.install for known in PACKAGES}.get(module, f"pip install {module}")
+    return BY_MODULE[module].install if module in BY_MODULE else f"pip install {module}"
+
+
+def is_installed(module: str) -> bool:
+    """Looks for it, or for its compiled part where only that counts; imports nothing."""
+    extension = BY_MODULE[module].extension if module in BY_MODULE else ""
+    return importlib.util.find_spec(extension or module) is not None
+
+
+def is_gpu_only(module: str) -> bool:
+    """False for a package that is not known here."""
+    return module in BY_MODULE and BY_MODULE[module].gpu_only

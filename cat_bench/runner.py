@@ -83,8 +83,7 @@ def _execute(
     progress: Progress,
 ) -> Summary:
     unique = {case.key: case for case in cases}
-    closed = run.closed()
-    queue = [case for key, case in unique.items() if closed.get(key) in {None, *retry}]
+    queue = open_cases(unique.values(), run, retry)
     skipped, total = len(unique) - len(queue), len(unique)
     statuses: Counter[str] = Counter()
     durations_s: list[float] = []
@@ -106,6 +105,14 @@ def _execute(
     finally:
         workers.close()
     return Summary(**statuses, skipped=skipped, interrupted=interrupted)
+
+
+def open_cases(
+    cases: Iterable[Case], run: Run, retry: frozenset[str] | set[str] = frozenset()
+) -> list[Case]:
+    """Those that `run` has not closed, or closed with a status in `retry`."""
+    closed = run.closed()
+    return [case for case in cases if closed.get(case.key) in {None, *retry}]
 
 
 def check_resume(run: Run, environment: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ Shapes: b sequences, t rows, h heads, e head width (64).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention, rotate
@@ -70,6 +69,4 @@ short_attention.register_autograd(_gradients, setup_context=_save)
 def short_block(block: Block, x: Tensor, rope: Rope) -> Tensor:
     """`block(x, rope, attention)` with that attention, for training: x (b, t, d) -> (b, t, d)."""
     qkv = block.qkv(block.attn_norm(x))
-    x = x + block.attn_out(short_attention(qkv, block.num_heads, *rope))
-    h = block.mlp_norm(x)
-    return x + block.w2(F.silu(block.w1(h)) * block.w3(h))
+    return block.feed_forward(x + block.attn_out(short_attention(qkv, block.num_heads, *rope)))

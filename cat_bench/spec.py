@@ -9,7 +9,6 @@ so a missing package or GPU breaks nothing, and `cat-bench list` is quick.
 
 import ast
 import difflib
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cat_bench.errors import UserError
+from cat_bench.packages import is_gpu_only, is_installed
 
 Value = int | float | str | bool | None
 
@@ -78,7 +78,7 @@ class ArchitectureInfo:
     presets: dict[str, dict[str, Value]]
     decode_paths: tuple[str, ...]
     forward_paths: tuple[str, ...]
-    requires: dict[str, str]  # path -> package that it needs
+    requires: dict[str, str | tuple[str, ...]]  # REQUIRES as it stands there: see `packages`
     exports: frozenset[str]  # names that its top level defines or imports
 
     def fastest(self, device: str) -> str:
@@ -86,10 +86,20 @@ class ArchitectureInfo:
         paths = self.decode_paths  # "eager", then the fastest first
         return paths[1] if device == "cuda" and len(paths) > 1 else "eager"
 
-    def missing(self, decode_path: str) -> str | None:
-        """The package that this decode path lacks here, or None. Looks for it, imports nothing."""
-        package = self.requires.get(decode_path)
-        return package if package and importlib.util.find_spec(package) is None else None
+    def packages(self, kind: str, path: str) -> tuple[str, ...]:
+        """What a "decode" or "forward" path needs: REQUIRES["forward upstream"] goes before
+        REQUIRES["upstream"], which is for both kinds.
+        """
+        needed = self.requires.get(f"{kind} {path}", self.requires.get(path, ()))
+        return (needed,) if isinstance(needed, str) else tuple(needed)
+
+    def lacking(self, kind: str, path: str) -> tuple[str, ...]:
+        """Those of `packages` that are not here. Looks for them, imports nothing."""
+        return tuple(name for name in self.packages(kind, path) if not is_installed(name))
+
+    def needs_gpu(self, kind: str, path: str) -> bool:
+        """Whether a package of that path has kernels for GPUs only."""
+        return any(is_gpu_only(name) for name in self.packages(kind, path))
 
 
 # --- from text to Spec ---------------------------------------------------------------------------

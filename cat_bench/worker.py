@@ -10,7 +10,6 @@ The closing row (metric "case") says how the case ended: ok, oom or unsupported.
 ends the process with its traceback on stderr; the runner turns that into a failed row.
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -24,12 +23,12 @@ import numpy
 import torch
 
 from cat_bench import checkpoint
-from cat_bench.architecture import Architecture, build, load_module, make_config
+from cat_bench.architecture import Architecture, build, make_config
 from cat_bench.case import Case, Record
 from cat_bench.environment import clock_state
 from cat_bench.errors import UserError
 from cat_bench.packages import install_command
-from cat_bench.spec import Spec, parse
+from cat_bench.spec import Spec, describe, parse
 from cat_bench.suites import load
 
 CLOCK_UNITS = {"sm_clock_hz": "Hz", "memory_clock_hz": "Hz", "temperature_c": "C", "power_w": "W"}
@@ -95,8 +94,8 @@ def build_model(case: Case) -> Architecture:
             f"device 'cuda' is not available: torch {torch.__version__} sees no CUDA GPU.",
             "`cat-bench doctor` says why; --device cpu measures on the CPU.",
         )
-    _require_package(spec, case.decode_path)
-    _require_package(spec, case.forward_path)
+    _require_packages(spec, "decode", case.decode_path)
+    _require_packages(spec, "forward", case.forward_path)
     model = build(
         spec, case.decode_path, case.device, case.dtype, case.seed, forward_path=case.forward_path
     )
@@ -123,13 +122,14 @@ def load_weights(case: Case, spec: Spec, model: Architecture) -> None:
     checkpoint.load_into(model, folder, case.device)
 
 
-def _require_package(spec: Spec, path: str) -> None:
+def _require_packages(spec: Spec, kind: str, path: str) -> None:
     """A path's missing package is one sentence, not an ImportError from deep inside."""
-    module = getattr(load_module(spec), "REQUIRES", {}).get(path)
-    if module and importlib.util.find_spec(module) is None:
+    lacking = describe(spec.name).lacking(kind, path)
+    if lacking:
         raise UserError(
-            f"the path '{path}' of {spec.text} needs the package {module}, which is not installed.",
-            f"Install it: {install_command(module)}",
+            f"the {kind} path '{path}' of {spec.text} needs the package {' and '.join(lacking)}, "
+            "which is not installed.",
+            f"Install it: {'; '.join(map(install_command, lacking))}",
         )
 
 

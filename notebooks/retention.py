@@ -29,6 +29,7 @@ from cat_bench.blocks import (
     linear_params,
     rope_table,
     rotate,
+    sum_dtype,
 )
 from cat_bench.language_model import LanguageModel
 
@@ -69,7 +70,7 @@ class Model(LanguageModel):
         )
         x = self.embed(tokens)  # (b, t, d)
         for block, memory in zip(self.blocks, self._empty(len(tokens)), strict=True):
-            x, _ = block(x, rope, memory)
+            x, _ = self.checkpointed(block)(x, rope, memory)
         return self.norm(x)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
@@ -82,7 +83,7 @@ class Model(LanguageModel):
 
     @property
     def _sum_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.head.weight.dtype, torch.float32)
+        return sum_dtype(self.head.weight.dtype)
 
     def reset(self, state: State) -> State:
         state.memories.zero_()
@@ -134,8 +135,7 @@ class RetentionBlock(Block):
         o, memory = retain(*(part.to(memory.dtype) for part in (q, k, v)), memory)
         o = F.layer_norm(o, (HEAD_WIDTH,), eps=self.attn_norm.eps).to(x.dtype)
         x = x + self.attn_out(o.transpose(1, 2).flatten(2) * F.silu(self.gate(h)))
-        h = self.mlp_norm(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h)), memory
+        return self.feed_forward(x), memory
 
     def init_weights(self, num_layers: int) -> None:
         super().init_weights(num_layers)

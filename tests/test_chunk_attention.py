@@ -14,7 +14,8 @@ from torch import Tensor
 from baselines import sparse
 from cat_bench import mask
 from cat_bench.blocks import rope_table, rotate
-from cat_bench.chunk_attention import chunk_attention, packed, packed_reference, sees
+from cat_bench.chunk_attention import chunk_attention, sees
+from cat_bench.chunk_block import packed, packed_reference
 
 SUMMARIES = ("first", "last")
 # h, g, t, C: one row, one chunk, an open last chunk, a full one, C = 1, C > t, shared heads.
@@ -138,7 +139,13 @@ def test_bfloat16_and_autocast(implementation: str) -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
+        ({"chunk_size": 2.5}, "chunk_size must be an integer of at least 1, got 2.5"),
+        ({"chunk_size": True}, "chunk_size must be an integer of at least 1, got True"),
+        (
+            dict.fromkeys("qkv", torch.zeros(2, 2, 5, 8).int()),
+            "floating-point dtype, got torch.int32",
+        ),
         ({"summary": "middle"}, "summary must be 'first' or 'last', got 'middle'"),
         ({"implementation": "flash"}, "implementation must be one of"),
         ({"implementation": "fused"}, "needs CUDA tensors, got cpu; use implementation='two_part'"),

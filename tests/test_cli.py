@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cat_bench import cli, runner, spec, store
+from cat_bench import cli, measuring, runner, spec, store
 from cat_bench.case import Case
 from cat_bench.paper import _settings
 
@@ -166,13 +166,16 @@ def test_a_missing_gpu_is_refused(cat_bench: Cli, monkeypatch: pytest.MonkeyPatc
     refused(answer, "sees no CUDA GPU", "--device cpu")
 
 
-def test_a_missing_package_is_refused(cat_bench: Cli, tmp_path: Path):
+def test_a_run_of_which_every_case_lacks_a_package_is_refused(
+    cat_bench: Cli, tmp_path: Path, results_folder: Path
+):
     mine = tmp_path / "mine.py"
     mine.write_text(FAULTY)
     answer = cat_bench(
         *("run", "efficiency", "-a", mine, "--device", "cpu", "--decode-path", "upstream")
     )
     refused(answer, "'upstream' needs the package a_package_that_is_not_installed", "pip install")
+    assert not results_folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,9 @@ def test_a_file_that_cannot_be_imported_is_one_sentence(
         (["show", "7"], ["no run '7'", "cat-bench run"]),
         (["run", "efficiency", "-a", "dense", "--retry", "oom"], ["--retry needs --resume"]),
         (["list", "everything"], ["cannot list 'everything'", "architectures, suites"]),
+        (["list", "runs", "-a", "dense"], ["-a chooses architectures, but got 'runs'"]),
+        (["list", "-a", "dens"], ["unknown architecture 'dens'. Did you mean: dense"]),
+        (["list", "-a", __file__], ["test_cli.py is no architecture: it lacks Config or Model"]),
         (["paper", "fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2,fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2", "--run", "--only", "dens"], ["unknown architecture 'dens'"]),
@@ -346,12 +352,108 @@ def test_a_missing_package_of_a_forward_path_is_refused(cat_bench: Cli, tmp_path
     refused(answer, "forward path 'upstream' needs the package a_package", "--forward-path eager")
 
 
+def test_cases_that_lack_a_package_are_rows_beside_the_others(
+    cat_bench: Cli, tmp_path: Path, results_folder: Path
+):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY)
+    also = tmp_path / "also.py"  # has the path and needs nothing for it
+    sound = FAULTY.replace("raise RuntimeError", "return super().step(token, state)  #")
+    eager = "    def __init__(self, config, decode_path):\n        super().__init__(config)\n"
+    also.write_text(sound.replace("REQUIRES", "NEEDS") + eager)
+    flags = ("--decode-path", "upstream", *TINY_RUN[3:], "--repeats", "1", "--name", "mixed")
+    answer = cat_bench("run", "efficiency", "-a", mine, "-a", also, *flags)
+    assert answer.code == 3, answer
+    warnings = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: the package a_package_that_is_not_installed is not installed, so cases of "
+        f"{mine} on decode path 'upstream' will be unsupported. "
+        "Install it: pip install a_package_that_is_not_installed"
+    ]
+    assert "1 case unsupported; the rows say why." in answer.err and "failed" not in answer.err
+    assert "--resume 0001-mixed --retry unsupported" in answer.err
+    assert "Install it: pip install a_package_that_is_not_installed" in answer.out
+    run = store.find(results_folder, "mixed")
+    assert sorted(run.closed().values()) == ["ok", "unsupported"]
+
+    resumed = cat_bench("run", "--resume", "mixed")  # nothing is left to be measured
+    assert resumed.code == 0 and "warning: " not in resumed.err
+    again = cat_bench("run", "--resume", "mixed", "--retry", "unsupported")
+    assert again.code == 3 and "will be unsupported" in again.err
+    mine.write_text(FAULTY.replace("a_package_that_is_not_installed", "torch"))
+    after = cat_bench("run", "--resume", "mixed", "--retry", "unsupported")  # now it is there
+    assert after.code == 3 and "1 case failed; the rows say why." in after.err
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"unsupported": 3}, "3 cases unsupported; "),
+        ({"failed": 1, "unsupported": 2}, "1 case failed, 2 cases unsupported; "),
+    ],
+)
+def test_the_last_line_tells_failed_from_unsupported(
+    one_run: Path, capsys: pytest.CaptureFixture, counts: dict[str, int], said: str
+):
+    with pytest.raises(measuring.typer.Exit) as ended:
+        measuring.exit_after(store.Run.open(one_run), runner.Summary(**counts))
+    err = capsys.readouterr().err
+    assert ended.value.exit_code == 3
+    assert err.startswith(said) and f"--retry {','.join(counts)}" in err
+
+
+def a_case(arch: str, **settings: str) -> Case:
+    path = "eager" if settings else "upstream"  # a drift reference needs no package
+    return Case(
+        *("efficiency", arch, 1, 8, 16, "float32", "cpu"),
+        decode_path=path,
+        settings=tuple(settings.items()),
+    )
+
+
+def test_a_drift_reference_is_no_reason_to_run(tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY)
+    with pytest.raises(measuring.UserError, match="no case can run here: .*a_package"):
+        measuring.check_machine([a_case(str(mine)), a_case("dense", reference="0")])
+
+
+def test_a_package_is_told_once_and_with_all_that_need_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    files = [tmp_path / f"{name}.py" for name in ("one", "two")]
+    for file in files:
+        file.write_text(FAULTY)
+    cases = [a_case(f"{file}:width={width}") for file in files for width in (64, 128)]
+    measuring.check_machine([*cases, Case("efficiency", "dense", 1, 8, 16, "float32", "cpu")])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"cases of {files[0]}, {files[1]} on decode path 'upstream' will be" in warning
+
+
 def test_the_list_shows_both_kinds_of_paths(cat_bench: Cli):
     listed = cat_bench("list", "architectures")
     assert "decode path eager: ready" in listed.out and "forward path eager: ready" in listed.out
     found = json.loads(cat_bench("list", "architectures", "--json").out)["architectures"]
     dense = next(entry for entry in found if entry["name"] == "dense")
     assert dense["forward_paths"]["compile"] == "ready"
+
+
+def test_the_list_says_what_is_ready_on_a_gpu_only(cat_bench: Cli, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(spec, "is_installed", lambda name: name != "causal_conv1d")
+    (mamba2,) = json.loads(cat_bench("list", "-a", "mamba2", "--json").out)["architectures"]
+    assert mamba2["decode_paths"]["upstream"] == "ready on a GPU"
+    assert mamba2["forward_paths"]["upstream"].startswith("needs causal_conv1d: pip install")
+
+
+def test_the_list_shows_a_file_outside_the_tree(cat_bench: Cli, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY.replace("import", "import a_package_of_nobody, ", 1))  # never imported
+    listed = cat_bench("list", "architectures", "-a", mine, "-a", "cat-16")
+    assert listed.code == 0 and listed.out.startswith("architectures\n")
+    assert f"{mine}  " in listed.out and "Dense with a planted fault" in listed.out
+    assert "decode path upstream: needs a_package_that_is_not_installed: pip" in listed.out
+    assert "cat:chunk_size=16" in listed.out and "baselines" not in listed.out
+    assert cat_bench("list", "-a", mine, "-a", "cat-16").out == listed.out
 
 
 def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
@@ -365,8 +467,8 @@ def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
 @pytest.fixture
 def planned_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run on a GPU is planned and written, on any machine, and nothing is measured."""
-    monkeypatch.setattr(cli, "_check_machine", lambda cases: None)
-    monkeypatch.setattr(cli, "_measure", lambda target, cases, *_: runner.Summary())
+    monkeypatch.setattr(measuring, "check_machine", lambda cases: None)
+    monkeypatch.setattr(measuring, "measure", lambda target, cases, *_: runner.Summary())
 
 
 def is_reference(case: Case) -> bool:
@@ -387,6 +489,24 @@ def test_paper_on_a_gpu_measures_the_drift_reference(cat_bench: Cli, results_fol
         assert (case.scale, case.device, case.dtype) == ("h100", "cuda", "bfloat16")
     shapes = [(case.arch, case.batch_size) for case in planned if not is_reference(case)]
     assert len(shapes) == num_cases and shapes != sorted(shapes)  # still in random order
+
+
+def test_paper_measures_on_where_some_cases_lack_a_package(
+    cat_bench: Cli, results_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(measuring, "measure", lambda target, cases, *_: runner.Summary())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(spec, "is_installed", lambda name: name != "fla")
+    flags = ("paper", "fig2", "--scale", "h100", "--run", "--only")
+    answer = cat_bench(*flags, "dense,gdn-h1")
+    assert answer.code == 0, answer
+    (warning,) = [line for line in answer.err.splitlines() if "package" in line]
+    assert "cases of gated_deltanet on decode path 'cuda_graph' will be unsupported" in warning
+    archs = {
+        spec.parse(case.arch).name for case in store.find(results_folder, "1").cases().values()
+    }
+    assert archs == {"dense", "gated_deltanet"}
+    refused(cat_bench(*flags, "gdn-h1", "--results", results_folder / "other"), "no case can run")
 
 
 @pytest.mark.usefixtures("planned_only")
@@ -598,7 +718,10 @@ def test_paper_smoke_measures_what_is_missing_and_only_once(cat_bench: Cli, resu
 # --- start ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["list", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["list"], ["list", "--json"], ["list", "-a", "dense"]],
+)
 def test_help_and_list_load_nothing_heavy(arguments: list[str], one_run: Path):
     code = (
         "import atexit, sys; from cat_bench.cli import main;"

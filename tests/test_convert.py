@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cat_bench import checkpoint, cli, convert
+from cat_bench import checkpoint, cli, convert, planning
 from cat_bench.architecture import build
 from cat_bench.case import Case
 from cat_bench.errors import UserError
@@ -198,7 +198,7 @@ def planned(spec: Spec, folder: Path, **settings: str) -> Case:
     reference = Case(
         "efficiency", "dense", 16, 8, 1024, "float32", "cpu", settings=(("reference", "0"),)
     )
-    case, untouched = cli._with_weights([plain, reference], folder)
+    case, untouched = planning.with_weights([plain, reference], folder)
     assert untouched == reference and case.key != plain.key
     return case
 

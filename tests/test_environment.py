@@ -302,37 +302,60 @@ def test_doctor_gives_the_install_command_of_a_missing_package():
 
 
 PATHS = '''"""An architecture of which only the outline is read."""
-REQUIRES = {"upstream": "mamba_ssm", "upstream_graph": "mamba_ssm", "compile": "no_such_package"}
+REQUIRES = {
+    "upstream": "mamba_ssm",
+    "upstream_graph": "mamba_ssm",
+    "forward upstream": ("mamba_ssm", "no_such_package"),
+}
 
 class Config:
     pass
 
 class Model:
     decode_paths = ("eager", "upstream", "upstream_graph")
-    forward_paths = ("eager", "compile")
+    forward_paths = ("eager", "upstream", "compile")
 '''
 
 
-def test_doctor_says_which_paths_are_ready(monkeypatch, tmp_path):
+@pytest.fixture
+def outline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> environment.spec.ArchitectureInfo:
     path = tmp_path / "mine.py"
     path.write_text(PATHS)
-    info = environment.spec.describe(str(path))
-    check = environment._check_paths(info)
-    assert (check.name, check.status) == (f"paths of {path}", "warn")
+    monkeypatch.delitem(sys.modules, "mamba_ssm", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    return environment.spec.describe(str(path))
+
+
+def test_doctor_says_which_paths_are_ready(outline, tmp_path):
+    check = environment._check_paths(outline, has_gpu=True)
+    assert (check.name, check.status) == (f"paths of {tmp_path / 'mine.py'}", "warn")
     assert check.detail == (
-        "ready: eager; not ready: upstream (needs mamba_ssm), upstream_graph (needs mamba_ssm), "
-        "compile (needs no_such_package)"
+        "ready: decode eager, forward eager, forward compile; not ready: "
+        "decode upstream (needs mamba_ssm), decode upstream_graph (needs mamba_ssm), "
+        "forward upstream (needs mamba_ssm and no_such_package)"
     )
     assert check.fix.count("mamba-ssm==") == 1 and check.fix.endswith("pip install no_such_package")
 
     (tmp_path / "mamba_ssm").mkdir()  # installed without its extension: importing it would fail
     (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    detail = environment._check_paths(info).detail
-    assert (
-        detail
-        == "ready: eager, upstream, upstream_graph; not ready: compile (needs no_such_package)"
+    assert environment._check_paths(outline, has_gpu=True).detail == (
+        "ready: decode eager, decode upstream, decode upstream_graph, forward eager, "
+        "forward compile; not ready: forward upstream (needs no_such_package)"
     )
+
+
+def test_doctor_says_which_paths_need_a_gpu(outline, tmp_path):
+    (tmp_path / "mamba_ssm.py").write_text("")
+    check = environment._check_paths(outline, has_gpu=False)
+    assert check.detail == (
+        "ready: decode eager, forward eager, forward compile; not ready: "
+        "decode upstream (needs a GPU), decode upstream_graph (needs a GPU), "
+        "forward upstream (needs no_such_package and a GPU)"
+    )
+    assert check.fix == "On a machine with an NVIDIA GPU: pip install no_such_package"
+    (tmp_path / "no_such_package.py").write_text("")
+    assert environment._check_paths(outline, False).fix == "On a machine with an NVIDIA GPU."
+    assert environment._check_paths(outline, True).status == "ok"
 
 
 def test_doctor_warns_of_a_full_disk(monkeypatch, tmp_path):

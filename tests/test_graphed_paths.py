@@ -13,8 +13,8 @@ import torch
 from contract import Subject
 
 from baselines import sparse
-from cat_bench import cat, language_model
-from cat_bench import chunk_attention as chunks
+from cat_bench import cat, chunk_block, language_model
+from cat_bench import chunk_attention as chunk_attention_module
 from cat_bench.chunk_attention import chunk_attention
 
 SUBJECTS = [
@@ -51,8 +51,9 @@ def test_compiled_forward_equals_eager(subject: Subject, monkeypatch: pytest.Mon
     """Logits and gradients, and which blocks rotate inside the kernels."""
     monkeypatch.setattr(torch, "compile", lambda run, dynamic: run)
     monkeypatch.setattr(cat, "require_cuda", lambda *_: None)
-    monkeypatch.setattr(chunks, "_check_fused", lambda *_: None)
-    rotated_inside = Mock(wraps=chunks.chunk_block)
+    for module in (chunk_attention_module, chunk_block):
+        monkeypatch.setattr(module, "check_fused", lambda *_: None)
+    rotated_inside = Mock(wraps=chunk_block.chunk_block)
     monkeypatch.setattr(cat, "chunk_block", rotated_inside)
     eager, fast = subject.model(), subject.model(forward_path="compile")
     tokens = subject.tokens(2)

@@ -18,7 +18,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TORCH_FREE = ("spec", "case", "mask", "store", "stats", "report", "figures", "paper._build")
+TORCH_FREE = (
+    "spec",
+    "case",
+    "mask",
+    "store",
+    "stats",
+    "report",
+    "figures",
+    "listing",
+    "paper._build",
+)
 
 
 SCRIPTS = Path(sys.executable).parent  # of this environment, activated or not

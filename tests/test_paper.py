@@ -249,6 +249,17 @@ def test_a_complete_other_machine_neither_stops_nor_stands_in_for_this_one(tmp_p
     assert found.records.empty and found.others == ("NVIDIA H100", "NVIDIA H200")
 
 
+def test_what_was_unsupported_is_missing_once_its_package_is_here(tmp_path, monkeypatch) -> None:
+    cases = plan("fig5")
+    measure(tmp_path, cases, status="unsupported")
+    records = _build.all_records(tmp_path)[0]
+    lacking = {"triton"}
+    monkeypatch.setattr(spec, "is_installed", lambda name: name not in lacking)
+    assert _build.missing_cases(["fig5"], "h100", records) == []
+    lacking.clear()
+    assert _build.missing_cases(["fig5"], "h100", records) == cases
+
+
 def test_runs_made_at_the_same_time_are_not_mixed(tmp_path, monkeypatch) -> None:
     """The highest folder number wins for every case, whichever run closed it last."""
     cases = plan("fig5")[:2]

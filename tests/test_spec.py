@@ -131,9 +131,33 @@ def test_the_directory_is_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path
     )
     assert info.decode_paths == ("eager", "upstream")
     assert "kind" not in info.fields and info.fields["width"] == ("int", 64)
-    assert info.missing("upstream") == "a_package_that_is_not_installed"
-    assert info.missing("eager") is None
+    assert info.lacking("decode", "upstream") == ("a_package_that_is_not_installed",)
+    assert info.lacking("decode", "eager") == ()
     assert spec.parse("mine-wide").text == "mine:width=128"
+
+
+def test_a_path_may_need_several_packages_and_more_of_them_in_the_forward_pass(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    requires = '{"upstream": "torch", "forward upstream": ("torch", "no_such_package")}'
+    path.write_text(MINE.replace('{"upstream": "a_package_that_is_not_installed"}', requires))
+    info = spec.describe(str(path))
+    assert info.packages("decode", "upstream") == ("torch",)
+    assert info.packages("forward", "upstream") == ("torch", "no_such_package")
+    assert info.lacking("decode", "upstream") == ()
+    assert info.lacking("forward", "upstream") == ("no_such_package",)
+
+
+def test_the_fused_forward_of_mamba2_needs_the_compiled_convolution():
+    info = spec.describe("mamba2")
+    assert info.packages("decode", "upstream") == ("mamba_ssm",)
+    assert info.packages("forward", "upstream") == ("mamba_ssm", "causal_conv1d")
+
+
+@pytest.mark.parametrize("name", ["cat", "sparse", "sliding_window"])
+def test_compile_needs_a_gpu_where_it_has_kernels(name: str):
+    assert spec.describe(name).needs_gpu("forward", "compile")
+    assert not spec.describe(name).needs_gpu("forward", "eager")
+    assert not spec.describe("dense").needs_gpu("forward", "compile")  # compiled for a CPU, too
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,10 @@ def test_steps_learn_the_batch(arch: str) -> None:
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_clipping_inside_the_optimizer_is_clip_grad_norm(factor: float, dtype: str) -> None:
-    """Two updates by gradients below, at and above the bound, and a parameter without one."""
+    """Two updates by gradients below, at and above the bound, and a parameter without one.
+
+    Then a bare step by the gradients that are left: nothing of the clipping may stay behind.
+    """
     case = replace(tiny_case(DENSE), dtype=dtype)
     step = training.Step(case, build(parse(DENSE), dtype=dtype))
     known = build(parse(DENSE), dtype=dtype)
@@ -180,8 +183,32 @@ def test_clipping_inside_the_optimizer_is_clip_grad_norm(factor: float, dtype: s
         step._update()
         torch.nn.utils.clip_grad_norm_(known.parameters(), training.CLIP)
         optimizer.step()
+    step.optimizer.step()
+    optimizer.step()
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_clipping_treats_infinities_as_clip_grad_norm_does(bad: float) -> None:
+    """An infinite norm makes every finite gradient 0 and every other one nan; nan, all of them."""
+    step = training.Step(tiny_case(DENSE), build(parse(DENSE)))
+    known = build(parse(DENSE))
+    known.load_state_dict(step.model.state_dict())
+    optimizer = torch.optim.AdamW(
+        known.parameters(), training.LEARNING_RATE, training.BETAS,
+        weight_decay=training.WEIGHT_DECAY, fused=True,
+    )  # fmt: skip
+    pairs = list(zip(step.model.parameters(), known.parameters(), strict=True))
+    for ours, theirs in pairs:
+        ours.grad, theirs.grad = torch.ones_like(ours), torch.ones_like(theirs)
+        ours.grad.view(-1)[3] = theirs.grad.view(-1)[3] = bad
+    step._update()
+    torch.nn.utils.clip_grad_norm_(known.parameters(), training.CLIP)
+    optimizer.step()
+    for ours, theirs in pairs:
+        assert ours.isnan().sum() == (ours.numel() if math.isnan(bad) else 1)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_all_architectures_get_the_same_tokens() -> None:
@@ -223,10 +250,13 @@ def test_activation_checkpointing_is_the_architectures_to_offer() -> None:
     assert ("checkpoint", "true") in case.settings
     with pytest.raises(UserError, match="offers no activation checkpointing"):
         measured(case, Plain(build(parse(DENSE))))
-    model = Plain(build(parse(DENSE)))
-    model.checkpoint_blocks = False
+    deaf = Plain(build(parse(DENSE)))
+    deaf.checkpoint_blocks = False  # nothing reads it
+    with pytest.raises(UserError, match="ignores activation checkpointing"):
+        measured(case, deaf)
+    model = build(parse(DENSE))
     measured(case, model)
-    assert model.checkpoint_blocks is True
+    assert model.checkpoint_blocks is True and model.num_checkpointed > 0
 
 
 def test_a_loss_that_is_no_number_fails_the_case() -> None:

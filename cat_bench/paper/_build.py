@@ -185,14 +185,26 @@ def _run_number(name: str) -> int:
 def missing_cases(
     names: Sequence[str], scale: str, records: pd.DataFrame, device: str | None = None
 ) -> list[Case]:
-    """Cases of `names` that no run has closed on `device` (see `find`), each once."""
+    """Cases of `names` that no run has closed on `device` (see `find`), each once; also those that
+    were unsupported and need no package any more that is not here.
+    """
     missing: dict[str, Case] = {}
     for name in names:
         found = find(records, exhibit(name).plan(scale), device)
         if _settings.only_reference(getattr(exhibit(name), "ARCHITECTURES", ()), scale):
             continue
-        missing |= {case.key: case for case in found.planned if case.key not in found.statuses}
+        for case in found.planned:
+            if _is_open(case, found.statuses.get(case.key)):
+                missing[case.key] = case
     return list(missing.values())
+
+
+def _is_open(case: Case, status: str | None) -> bool:
+    if status != "unsupported":
+        return status is None
+    info = spec.describe(spec.parse(case.arch).name)
+    paths = ("decode", case.decode_path), ("forward", case.forward_path)
+    return not any(info.lacking(kind, path) for kind, path in paths)
 
 
 # --- status --------------------------------------------------------------------------------------

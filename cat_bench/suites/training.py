@@ -9,7 +9,8 @@ for. The loss follows it: eager on the eager path and on a CPU, else the Triton 
 
 Settings of a case: "autocast" ("bfloat16", or missing: none; the case's dtype is the weights'),
 "repeats", and "checkpoint" (activation checkpointing, which an architecture offers by an attribute
-`checkpoint_blocks` that its `hidden` follows). The case's prompt_len is 0: nothing is generated.
+`checkpoint_blocks` that its `hidden` follows; it counts what it wraps in `num_checkpointed`, as
+language_model.ForwardPath does). The case's prompt_len is 0: nothing is generated.
 
 Try it: cat-bench run training -a dense -a cat:chunk_size=8 --quick
 """
@@ -164,6 +165,18 @@ def _follow_settings(case: Case, model: Any) -> None:
     model.checkpoint_blocks = True
 
 
+def _check_checkpointing(case: Case, model: Any) -> None:
+    """Raises UserError, after a forward pass, where a model has let `checkpoint_blocks` lie."""
+    if "checkpoint" not in dict(case.settings) or getattr(model, "num_checkpointed", 0):
+        return
+    raise UserError(
+        f"{case.arch} ignores activation checkpointing: with `checkpoint_blocks` set its forward "
+        "pass checkpointed 0 blocks (`num_checkpointed`), expected at least 1.",
+        "Call `self.checkpointed(block)` in its `hidden` (see language_model.ForwardPath), or run "
+        "it without --activation-checkpointing.",
+    )
+
+
 class Step:
     """Forward, loss, backward, clipping and AdamW on one batch of random tokens."""
 
@@ -188,6 +201,7 @@ class Step:
         half = autocast_of(self.case) == "bfloat16"
         with torch.autocast(self.case.device, torch.bfloat16, enabled=half):
             loss = next_token_loss(self.model, inputs, targets, self.implementation)
+        _check_checkpointing(self.case, self.model)
         on_part()
         loss.backward()
         on_part()
@@ -200,7 +214,9 @@ class Step:
         """clip_grad_norm_ and AdamW, whose one launch also does the clipping.
 
         `grad_scale` is where torch.amp.GradScaler leaves what the fused kernel divides gradients
-        by. Nothing here waits for the GPU.
+        by. The optimizer keeps it, so it is taken away again: a bare step() later would divide by
+        the norm of this one. The kernel reads float32 alone, so a clipped gradient in float64 is
+        exact to 1e-7 only. Nothing here waits for the GPU.
         """
         import torch
 
@@ -210,6 +226,7 @@ class Step:
         scale = ((norm + 1e-6) / CLIP).clamp(min=1)  # 1e-6 as in clip_grad_norm_
         self.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        del self.optimizer.grad_scale
 
     @property
     def optimizer_bytes(self) -> int:

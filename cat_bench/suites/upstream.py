@@ -18,7 +18,6 @@ print loop_ratio = our latency / theirs; above 1.05 the architecture is `underse
 Try it: cat-bench run upstream -a mamba2 --batch-size 1,64 --seq-len 1024
 """
 
-import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
-from cat_bench.packages import install_command
+from cat_bench.packages import install_command, is_installed
 from cat_bench.spec import ArchitectureInfo, Spec, architectures, describe, parse
 from cat_bench.suites import efficiency
 
@@ -123,9 +122,10 @@ def _check_kernels(case: Case, info: ArchitectureInfo) -> None:
 
     Their packages are those that the paths upstream and upstream_graph require.
     """
-    packages = {info.requires[path] for path in info.requires if path.startswith("upstream")}
+    paths = [path for path in info.decode_paths if path.startswith("upstream")]
+    packages = {name for path in paths for name in info.packages("decode", path)}
     for package in sorted(packages):
-        if importlib.util.find_spec(package) is None:
+        if not is_installed(package):
             raise UserError(
                 f"the upstream program of {case.arch} needs the package {package}, "
                 "which is not installed.",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cat_bench.blocks import Block, rope_table
-from cat_bench.chunk_attention import chunk_attention, chunk_block, packed, packed_reference
+from cat_bench.chunk_attention import chunk_attention
+from cat_bench.chunk_block import chunk_block, packed, packed_reference
 
 pytest.importorskip("triton", reason="implementation 'fused' needs the package triton")
 pytestmark = pytest.mark.gpu

@@ -34,8 +34,9 @@ def fast_subjects(kind: str = "decode") -> list:
     found = []
     for info in spec.architectures():
         for path in getattr(info, f"{kind}_paths")[1:]:
-            reason = f"{info.name} needs the package {info.requires.get(path)} for {path}"
-            lacking = pytest.mark.skipif(info.missing(path) is not None, reason=reason)
+            packages = info.lacking(kind, path)
+            reason = f"{info.name} needs {' and '.join(packages)} for {kind} path {path}"
+            lacking = pytest.mark.skipif(bool(packages), reason=reason)
             for subject in contract.subjects_of(info.name):
                 label = f"{subject.label}-{path}"
                 found.append(pytest.param(longer(subject), path, marks=lacking, id=label))

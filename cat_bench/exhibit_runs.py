@@ -1,0 +1,101 @@
+"""What `cat-bench paper --run` measures: the missing cases that were asked for, in one new run."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cat_bench import measuring, planning, spec, store
+from cat_bench.case import Case, Options
+from cat_bench.errors import UserError
+from cat_bench.messages import plural, warn
+
+if TYPE_CHECKING:
+    from cat_bench.runner import Summary
+
+
+def exhibit_names(asked: str) -> list[str]:
+    """["fig2", "fig3"] of "fig2,fig3"; every exhibit for "all"."""
+    names = [name for name, _ in spec.exhibits()]
+    if asked == "all":
+        return names
+    for one in asked.split(","):
+        if one not in names:
+            raise UserError(
+                f"unknown exhibit '{one}'.{spec.did_you_mean(one, names)}",
+                f"Available: all, {', '.join(names)}.",
+            )
+    return asked.split(",")
+
+
+def this_device(scale: str) -> str | None:
+    """The GPU or CPU of this machine that cases of `scale` run on; None: it has no such."""
+    from cat_bench import environment
+    from cat_bench.paper import _settings
+
+    return environment.processor_name(_settings.scale_of(scale).device)
+
+
+def chosen(
+    exhibits: Sequence[str],
+    scale: str,
+    only: str | None,
+    batch_sizes: tuple[int, ...] | None,
+    seq_lens: tuple[int, ...] | None,
+) -> Callable[[Case], bool]:
+    """Whether a case is one of those that the flags of `paper` ask for.
+
+    An exhibit may export an `arch_text` of its own, where its cases are no models of full size.
+    """
+    from cat_bench.paper import _build, _settings
+
+    names = None if only is None else only.split(",")
+    modules = [_build.exhibit(exhibit) for exhibit in exhibits]
+    texts = [getattr(module, "arch_text", _settings.arch_text) for module in modules]
+
+    def is_chosen(case: Case) -> bool:
+        archs = {text(name, scale, case.seq_len) for name in names or () for text in texts}
+        return (
+            (names is None or case.arch in archs)
+            and (batch_sizes is None or case.batch_size in batch_sizes)
+            and (seq_lens is None or case.seq_len in seq_lens)
+        )
+
+    return is_chosen
+
+
+def measure_missing(
+    results: Path,
+    name: str,
+    sweeps: "list[tuple[store.Run, Summary]]",
+    is_chosen: Callable[[Case], bool],
+) -> Callable[[list[Case]], None]:
+    """What measures the cases that an exhibit lacks, all in one new run folder."""
+
+    def measure(missing: list[Case]) -> None:
+        cases = [case for case in missing if is_chosen(case)]
+        if missing and not cases:
+            warn(f"none of the {plural(len(missing), 'missing case')} was asked for.")
+        if not cases:
+            return
+        measuring.check_machine(cases)
+        machine = planning.machine(cases[0].device)
+        order = _in_order(cases)
+        resolved = planning.resolve(order, machine.get("gpu_name"))
+        target = store.Run.create(results, name, machine, order, resolved)
+        summary = measuring.measure(target, order, frozenset(), 3600.0)
+        sweeps.append((target, summary))
+        if summary.interrupted:
+            measuring.exit_after(target, summary)
+
+    return measure
+
+
+def _in_order(cases: list[Case]) -> list[Case]:
+    """By shape; on a GPU, the drift reference of evaluation_spec.md 4.1 first, last, in between."""
+    from cat_bench.suites import efficiency
+
+    like, cases = cases[0], efficiency.by_cell(cases)
+    if like.device != "cuda":
+        return cases
+    options = Options(device=like.device, seeds=(like.seed,), scale=like.scale)
+    return efficiency.with_references(cases, options, efficiency.REFERENCE_EVERY)
