@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cat_bench import spec
+from cat_bench import spec, store
 from cat_bench.packages import PACKAGES, Package, install_command, is_installed
 from cat_bench.store import digest as digest  # one definition of Record.environment
 
@@ -216,9 +216,11 @@ def nvml_device() -> Any | None:
         return None
 
 
-def processor_name(device: str) -> str | None:
-    """The `gpu_name` or `cpu_name` of `capture`, for "cuda" and "cpu"."""
-    return _gpu()["gpu_name"] if device == "cuda" else _cpu_name()
+def processor_name(device: str) -> str:
+    """The `gpu_name` or `cpu_name` of `capture`, for "cuda" and "cpu"; a name that nobody tells is
+    the one that the store writes for it.
+    """
+    return (_gpu()["gpu_name"] if device == "cuda" else _cpu_name()) or store.UNKNOWN_DEVICE
 
 
 def clock_state() -> dict[str, Any]:

@@ -27,8 +27,8 @@ def exhibit_names(asked: str) -> list[str]:
     return asked.split(",")
 
 
-def this_device(scale: str) -> str | None:
-    """The GPU or CPU of this machine that cases of `scale` run on; None: it has no such."""
+def this_device(scale: str) -> str:
+    """The GPU or CPU of this machine that cases of `scale` run on."""
     from cat_bench import environment
     from cat_bench.paper import _settings
 
@@ -49,6 +49,8 @@ def chosen(
     from cat_bench.paper import _build, _settings
 
     names = None if only is None else only.split(",")
+    for name in names or ():
+        spec.parse(name)  # a misspelt one is refused, also where nothing is missing
     modules = [_build.exhibit(exhibit) for exhibit in exhibits]
     texts = [getattr(module, "arch_text", _settings.arch_text) for module in modules]
 

@@ -109,6 +109,8 @@ def check_machine(planned: Sequence[Case], open_cases: Sequence[Case] | None = N
     Where only some lack one it is a warning: each of these that will be measured (`open_cases`, all
     by default) gets a row `unsupported`. A drift reference alone is no reason to run.
     """
+    if open_cases is not None and not open_cases:
+        return  # nothing will be measured
     _check_gpu(planned)
     asked = [case for case in planned if "reference" not in dict(case.settings)]
     texts = [f"{uses} needs the package {name}" for name, uses in _by_package(asked).items()]

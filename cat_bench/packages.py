@@ -63,7 +63,8 @@ def install_command(module: str) -> str:
 def is_installed(module: str) -> bool:
     """Looks for it, or for its compiled part where only that counts; imports nothing."""
     extension = BY_MODULE[module].extension if module in BY_MODULE else ""
-    return importlib.util.find_spec(extension or module) is not None
+    top = (extension or module).partition(".")[0]  # a submodule cannot be found without importing
+    return importlib.util.find_spec(top) is not None
 
 
 def is_gpu_only(module: str) -> bool:

@@ -302,17 +302,25 @@ def plan_table(
 
 
 def _attention_table(cases: list[Case], resolved: dict[str, dict]) -> pd.DataFrame:
-    timed: dict[tuple[str, int, int, int], list[str]] = {}
-    for case in sorted(cases, key=lambda c: (c.arch, c.seq_len, c.batch_size, c.seed)):
-        label = resolved[case.key]["label"].partition(" (")[0]  # without the size of its model
-        shape = label, case.batch_size, case.seq_len, case.seed
-        timed.setdefault(shape, []).append(dict(case.settings)["implementation"])
+    timed: dict[tuple[str, int, int], dict[str, None]] = {}  # names in order, each once
+    labels: dict[str, set[str]] = {}
+    for case in sorted(cases, key=lambda c: (c.arch, c.seq_len, c.batch_size)):
+        label = resolved[case.key]["label"]
+        labels.setdefault(label.partition(" (")[0], set()).add(label)
+        names = timed.setdefault((label, case.seq_len, case.batch_size), {})
+        names[dict(case.settings)["implementation"]] = None
     rows = [
-        (label, str(batch_size), str(seq_len), ", ".join(names))
-        for (label, batch_size, seq_len, _), names in timed.items()
+        (_short(label, labels), str(batch_size), str(seq_len), ", ".join(names))
+        for (label, seq_len, batch_size), names in timed.items()
     ]
     columns = ["attention of", "batch", "seq len tokens", "implementations"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _short(label: str, labels: dict[str, set[str]]) -> str:
+    """Without the settings of its small model, where that leaves one attention of that name."""
+    short = label.partition(" (")[0]
+    return short if len(labels[short]) == 1 else label
 
 
 def _number(value: float | None) -> str:

@@ -397,9 +397,20 @@ def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
         presets=_checked(path, "PRESETS", _literal(constants.get("PRESETS"), constants, {})),
         decode_paths=_literal(model.get("decode_paths"), constants, ("eager",)),
         forward_paths=_literal(model.get("forward_paths"), constants, ("eager",)),
-        requires=_checked(path, "REQUIRES", _literal(constants.get("REQUIRES"), constants, {})),
+        requires=_checked_requires(path, _literal(constants.get("REQUIRES"), constants, {})),
         exports=frozenset(_defined(tree)),
     )
+
+
+def _checked_requires(path: Path, value: Any) -> dict[str, str | tuple[str, ...]]:
+    for key, packages in _checked(path, "REQUIRES", value).items():
+        names = [packages] if isinstance(packages, str) else packages
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise UserError(
+                f"{path}: REQUIRES[{key!r}] is {packages!r}.",
+                "It must be the name of a package, or a tuple of names.",
+            )
+    return value
 
 
 def _checked(path: Path, name: str, value: Any) -> dict:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1  # raised when the meaning of a field changes; older rows stay readable
+UNKNOWN_DEVICE = "unknown"  # a GPU or CPU whose name the machine does not tell
 CLOSING = "case"  # the metric of the row that closes a case; its value is the wall time in seconds
 COLUMNS = tuple(field.name for field in fields(Record)) + ("schema",)
 _REQUIRED = frozenset(COLUMNS)
@@ -253,7 +254,7 @@ def _described_rows(run: Run, open_cases: bool) -> Iterator[dict[str, Any]]:
 def _describe(run: Run, case: Case, resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about a case that is not measured, flat."""
     processor = "gpu_name" if case.device == "cuda" else "cpu_name"
-    known = {"run": run.name, "device_name": run.environment.get(processor) or "unknown"}
+    known = {"run": run.name, "device_name": run.environment.get(processor) or UNKNOWN_DEVICE}
     config = {f"config.{name}": value for name, value in resolved.get("config", {}).items()}
     values = {name: getattr(case, name) for name in CASE_FIELDS}
     return known | {"label": resolved.get("label", case.arch)} | values | config

@@ -129,6 +129,11 @@ def test_the_dry_run_names_implementations_not_models() -> None:
     of_cat = table.loc[("CAT-16", "8192"), "implementations"].split(", ")
     assert set(of_cat) == {"two_part", "fused", "flex_interleaved", "flex_permuted"}
     assert len(table) == 6 and "params M" not in table
+    specs = [parse("dense"), parse("dense:width=512")]
+    cases = plan(specs, Options(device="cuda", seq_lens=(1024,), seeds=(0, 1)))
+    table = plan_table(cases, resolve(cases), 80e9)
+    assert len(set(table["attention of"])) == len(table) == 2  # two attentions, two lines
+    assert set(table["implementations"]) == {"causal"}
 
 
 # --- the table and the exhibit --------------------------------------------------------------------

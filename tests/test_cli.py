@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cat_bench import cli, measuring, runner, spec, store
-from cat_bench.case import Case
+from cat_bench import cli, environment, measuring, runner, spec, store
+from cat_bench.case import Case, Record
 from cat_bench.paper import _settings
 
 TINY_RUN = ("efficiency", "-a", "dense", "--quick", "--batch-size", "1", "--seq-len", "16")
@@ -469,6 +469,31 @@ def planned_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run on a GPU is planned and written, on any machine, and nothing is measured."""
     monkeypatch.setattr(measuring, "check_machine", lambda cases: None)
     monkeypatch.setattr(measuring, "measure", lambda target, cases, *_: runner.Summary())
+
+
+@pytest.mark.usefixtures("planned_only")
+@pytest.mark.parametrize("gpu_name", ["NVIDIA H100", None])
+def test_paper_run_measures_what_this_machine_lacks(
+    cat_bench: Cli, results_folder: Path, monkeypatch: pytest.MonkeyPatch, gpu_name: str | None
+) -> None:
+    """Another GPU has every case; also where nobody tells the name of this one."""
+    from cat_bench.paper import _build
+
+    cases = _build.exhibit("fig5").plan("h100")
+    other = store.Run.create(results_folder, "other", {"gpu_name": "NVIDIA H200"}, cases, {})
+    other.append([Record(case.key, "case", 1.0, "s") for case in cases])
+    cat_bench("paper", "fig5", "--scale", "h100")
+    assert len(store.folders(results_folder)) == 1
+    gpu = environment._gpu() | {"gpu_name": gpu_name}
+    monkeypatch.setattr(environment, "_gpu", lambda: gpu)
+    cat_bench("paper", "fig5", "--scale", "h100", "--run")
+    planned = store.find(results_folder, "fig5-h100").cases().values()
+    assert {case.key for case in planned if not is_reference(case)} == {c.key for c in cases}
+
+
+def test_a_misspelt_architecture_is_refused_where_nothing_is_missing(cat_bench: Cli) -> None:
+    answer = cat_bench("paper", "fig4", "--scale", "smoke", "--only", "dennnse")
+    assert answer.code == 2 and "unknown architecture 'dennnse'" in answer.err
 
 
 def is_reference(case: Case) -> bool:

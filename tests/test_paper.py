@@ -245,6 +245,8 @@ def test_a_complete_other_machine_neither_stops_nor_stands_in_for_this_one(tmp_p
     assert [case.key for case in asked] == [case.key for case in cases]
     assert built.statuses[0].status == f"partial 2/{len(cases)}"
     assert "on NVIDIA H100" in built.statuses[0].detail
+    built = _build.build(["fig5"], "h100", tmp_path, lambda _: None, device="NVIDIA A100")
+    assert "on NVIDIA H200" in built.statuses[0].detail  # nothing of its own: drawn as without it
     found = _build.find(_build.all_records(tmp_path)[0], cases, device="NVIDIA A100")
     assert found.records.empty and found.others == ("NVIDIA H100", "NVIDIA H200")
 

@@ -147,6 +147,16 @@ def test_a_path_may_need_several_packages_and_more_of_them_in_the_forward_pass(t
     assert info.lacking("forward", "upstream") == ("no_such_package",)
 
 
+def test_submodules_are_looked_for_and_other_types_refused(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    known = '{"upstream": "a_package_that_is_not_installed"}'
+    path.write_text(MINE.replace(known, '{"upstream": "no_such_package.part"}'))
+    assert spec.describe(str(path)).lacking("decode", "upstream") == ("no_such_package.part",)
+    path.write_text(MINE.replace(known, '{"upstream": 3}'))
+    with pytest.raises(UserError, match=r"REQUIRES\['upstream'\] is 3"):
+        spec.describe(str(path))
+
+
 def test_the_fused_forward_of_mamba2_needs_the_compiled_convolution():
     info = spec.describe("mamba2")
     assert info.packages("decode", "upstream") == ("mamba_ssm",)

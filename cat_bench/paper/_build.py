@@ -81,8 +81,8 @@ def build(
 ) -> Built:
     """Render `names` from what exists; `run_missing` measures, once, all cases that do not.
 
-    `device` (a GPU's or CPU's name): only its rows exist. So another machine's rows neither keep
-    this one from measuring nor stand in for what it measures.
+    `device` (a GPU's or CPU's name): another device's rows neither keep this one from measuring
+    nor stand in for what it has measured. Exhibits of which it has nothing are drawn as without it.
     """
     _settings.scale_of(scale)
     records, runs, skipped = all_records(results)
@@ -95,7 +95,10 @@ def build(
     made: list[Status] = []
     index = _index(results, scale)
     for name in names:
-        found = find(records, exhibit(name).plan(scale), device)
+        planned = exhibit(name).plan(scale)
+        found = find(records, planned, device)
+        if found.device is None:
+            found = find(records, planned)
         drawn[name] = exhibit(name).render(found.records, points_of(name), scale)
         files += write(drawn[name], folder, name)
         index[name] = sorted({case.key for case in found.planned})

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
+from cat_bench.packages import install_command, is_installed
 from cat_bench.spec import Spec, parse, tiny
 from cat_bench.suites import efficiency
 
@@ -148,6 +149,12 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
         raise UserError(
             f"the implementation '{implementation}' needs a CUDA GPU.", "Use --device cuda."
         )
+    if implementation not in ON_CPU and not is_installed("triton"):
+        raise UserError(
+            f"the implementation '{implementation}' needs the package triton, which is not "
+            "installed.",
+            f"Install it: {install_command('triton')}",
+        )
     shape = shape_of(parse(case.arch).name, model.config, case.seq_len)
     held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
     attend, num_rows = implemented(implementation, shape, case.device)
@@ -163,6 +170,9 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
     yield Record(case.key, "attended_pairs", shape.pairs, "1")
     profiler.timed(lambda _: both(), case.device, warmups=1, repeats=1)
     counters = profiler.memory_counters(case.device)  # of one call, for graphs hold on to theirs
+    if "peak_allocated_bytes" in counters:
+        peak = counters["peak_allocated_bytes"] - held
+        yield Record(case.key, "peak_allocated_bytes", peak, "bytes")
     calls, repeats = CALLS[case.device], int(settings.get("repeats", 10))
     for name, run, per_pair in (("forward", forward, 4), ("forward_backward", both, 4 + 10)):
         sample = run if case.device == "cpu" else captured(run, calls)
@@ -173,9 +183,6 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
         yield Record(case.key, f"{name}_s", median_s, "s", samples)
         yield Record(case.key, f"{name}_flops", flops, "FLOP")
         yield Record(case.key, f"{name}_flops_per_s", flops / median_s, "FLOP/s")
-    if "peak_allocated_bytes" in counters:
-        peak = counters["peak_allocated_bytes"] - held
-        yield Record(case.key, "peak_allocated_bytes", peak, "bytes")
 
 
 def captured(run: Callable[[], object], calls: int) -> Callable[[], None]:
