@@ -34,7 +34,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import HEAD_WIDTH, Attend, Block, Rope, check_width, rope_table, sum_dtype
+from cat_bench.blocks import (
+    HEAD_WIDTH,
+    Attend,
+    Block,
+    Rope,
+    check_width,
+    feed_forward,
+    rope_table,
+    sum_dtype,
+)
 from cat_bench.graph import (
     CapturedStep,
     Rows,
@@ -302,7 +311,7 @@ class Layer(Block):
         return self.qkv(self.attn_norm(x))
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.feed_forward(x + self.attn_out(y))
+        return feed_forward(self, x + self.attn_out(y))
 
     def fast(self, x: Tensor, call: Call, cache: Any) -> Tensor:
         rows = x.flatten(0, 1)

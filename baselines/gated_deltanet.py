@@ -44,6 +44,7 @@ from cat_bench.blocks import (
     Attend,
     Block,
     check_width,
+    feed_forward,
     linear_params,
     rope_table,
     sum_dtype,
@@ -336,8 +337,8 @@ class DeltaBlock(nn.Module):
         return self.mixer.o_proj
 
     def feed_forward(self, x: Tensor, o: Tensor) -> Tensor:
-        """x, o (b, t, d): residual, then as in Block, whose names the parameters have."""
-        return Block.feed_forward(self, x + o)  # type: ignore[arg-type]
+        """x, o (b, t, d): residual, then as in Block."""
+        return feed_forward(self, x + o)
 
     def init_weights(self, num_layers: int) -> None:
         """Matrices as in Block; the mixer's convolutions and vectors as it makes them."""

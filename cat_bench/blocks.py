@@ -56,12 +56,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         q, k, v = self.split_heads(self.qkv(self.attn_norm(x)))
         o = attend(rotate(q, rope), rotate(k, rope), v)  # (b, h, t, e)
-        return self.feed_forward(x + self.attn_out(o.transpose(1, 2).flatten(2)))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half, (b, t, d) -> (b, t, d): norm, SwiGLU, residual."""
-        h = self.mlp_norm(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+        return feed_forward(self, x + self.attn_out(o.transpose(1, 2).flatten(2)))
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(b, t, (h + 2g) e) -> q (b, h, t, e), k and v (b, g, t, e); normalised, unrotated."""
@@ -78,6 +73,12 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=(2 / (5 * width)) ** 0.5)
         for linear in (self.attn_out, self.w2):
             nn.init.normal_(linear.weight, std=1 / (width**0.5 * num_layers))
+
+
+def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
+    """The second half of a block, under the names of Block: norm, SwiGLU, residual. (b, t, d)."""
+    h = block.mlp_norm(x)
+    return x + block.w2(F.silu(block.w1(h)) * block.w3(h))
 
 
 def linear_params(width: int, num_kv_heads: int | None = None) -> int:

@@ -10,7 +10,7 @@ Shapes: b batch, t rows, d width, h heads, e head width.
 import torch
 from torch import Tensor
 
-from cat_bench.blocks import Block, Rope, rotate
+from cat_bench.blocks import Block, Rope, feed_forward, rotate
 from cat_bench.chunk_attention import check_fused, chunk_attention, whole
 
 
@@ -23,7 +23,7 @@ def chunk_block(block: Block, x: Tensor, rope: Rope, chunk_size: int) -> Tensor:
     qkv = block.qkv(block.attn_norm(x))
     check_fused(_split(qkv, block.num_heads)[0], chunk_size)
     o, _ = packed(qkv, *rope, block.num_heads, chunk_size)
-    return block.feed_forward(x + block.attn_out(o))
+    return feed_forward(block, x + block.attn_out(o))
 
 
 def packed_reference(qkv: Tensor, rope: Rope, num_heads: int, chunk_size: int) -> Tensor:

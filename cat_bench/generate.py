@@ -10,15 +10,15 @@ Shapes: b batch, p prompt tokens, t all tokens.
 Try it: greedy(build(parse("dense")), prompt_tokens(1, 8, 0, "cpu", 50_432), new_tokens=24)
 """
 
-import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from cat_bench.architecture import Architecture, NextLogits, State, Tokens
+from cat_bench.packages import is_installed
 
 Prompt = Int[Tensor, "b p"]
 
@@ -79,17 +79,21 @@ def choose(model: Architecture, logits: NextLogits, out: Tensor) -> None:
     (H100). A path of somebody else's model may know no Triton: then it is PyTorch's.
     """
     fast = model.decode_path != "eager" and logits.is_cuda and logits.stride(1) == 1
-    if fast and has_triton():
-        from cat_bench import kernels
-
-        kernels.argmax(logits, out)
-    else:
+    argmax = fast_argmax() if fast else None
+    if argmax is None:
         torch.argmax(logits, dim=-1, out=out)
+    else:
+        argmax(logits, out)
 
 
-@lru_cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+@cache
+def fast_argmax() -> Callable[[NextLogits, Tensor], None] | None:
+    """Looked for once, not at every step."""
+    if not is_installed("triton"):
+        return None
+    from cat_bench import kernels
+
+    return kernels.argmax
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ Shapes: b sequences, t rows, h heads, e head width (64).
 import torch
 from torch import Tensor
 
-from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention, rotate
+from cat_bench.blocks import HEAD_WIDTH, Block, Rope, attention, feed_forward, rotate
 
 MAX_SHORT = 128  # rows: all of them lie in the registers of one program
 
@@ -69,4 +69,4 @@ short_attention.register_autograd(_gradients, setup_context=_save)
 def short_block(block: Block, x: Tensor, rope: Rope) -> Tensor:
     """`block(x, rope, attention)` with that attention, for training: x (b, t, d) -> (b, t, d)."""
     qkv = block.qkv(block.attn_norm(x))
-    return block.feed_forward(x + block.attn_out(short_attention(qkv, block.num_heads, *rope)))
+    return feed_forward(block, x + block.attn_out(short_attention(qkv, block.num_heads, *rope)))

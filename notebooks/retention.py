@@ -26,6 +26,7 @@ from cat_bench.blocks import (
     Block,
     Rope,
     check_width,
+    feed_forward,
     linear_params,
     rope_table,
     rotate,
@@ -135,7 +136,7 @@ class RetentionBlock(Block):
         o, memory = retain(*(part.to(memory.dtype) for part in (q, k, v)), memory)
         o = F.layer_norm(o, (HEAD_WIDTH,), eps=self.attn_norm.eps).to(x.dtype)
         x = x + self.attn_out(o.transpose(1, 2).flatten(2) * F.silu(self.gate(h)))
-        return self.feed_forward(x), memory
+        return feed_forward(self, x), memory
 
     def init_weights(self, num_layers: int) -> None:
         super().init_weights(num_layers)

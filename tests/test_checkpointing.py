@@ -17,7 +17,7 @@ from cat_bench.suites import training
 
 RETENTION = Path(__file__).parents[1] / "notebooks" / "retention.py"
 NAMES = [*(info.name for info in spec.architectures()), str(RETENTION)]
-SUBJECTS = [contract.subjects_of(name)[0] for name in NAMES]
+SUBJECTS = [subject for name in NAMES for subject in contract.subjects_of(name)]
 DENSE = dense.Config(width=64, num_layers=2, vocab_size=97)
 
 

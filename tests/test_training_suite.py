@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clipping import check_clipping
 from torch import nn
 
 from cat_bench import compare, measurements, predict, spec, store, tables
@@ -160,33 +161,7 @@ def test_steps_learn_the_batch(arch: str) -> None:
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_clipping_inside_the_optimizer_is_clip_grad_norm(factor: float, dtype: str) -> None:
-    """Two updates by gradients below, at and above the bound, and a parameter without one.
-
-    Then a bare step by the gradients that are left: nothing of the clipping may stay behind.
-    """
-    case = replace(tiny_case(DENSE), dtype=dtype)
-    step = training.Step(case, build(parse(DENSE), dtype=dtype))
-    known = build(parse(DENSE), dtype=dtype)
-    known.load_state_dict(step.model.state_dict())
-    optimizer = torch.optim.AdamW(
-        known.parameters(), training.LEARNING_RATE, training.BETAS,
-        weight_decay=training.WEIGHT_DECAY, fused=False,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    pairs = list(zip(step.model.parameters(), known.parameters(), strict=True))
-    count = sum(p.numel() for p in known.parameters())
-    for size in (1.0, 5.0):
-        for ours, theirs in pairs[1:]:
-            noise = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
-            ours.grad = noise * (factor * size / count**0.5)
-            theirs.grad = ours.grad.clone()
-        step._update()
-        torch.nn.utils.clip_grad_norm_(known.parameters(), training.CLIP)
-        optimizer.step()
-    step.optimizer.step()
-    optimizer.step()
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    check_clipping(replace(tiny_case(DENSE), dtype=dtype), factor)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
