@@ -5,7 +5,7 @@ Plain frozen dataclasses without torch: plans and reports work on any laptop. Un
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -40,6 +40,12 @@ class Case:
     @property
     def new_tokens(self) -> int:
         return self.seq_len - self.prompt_len
+
+    def with_repeats(self, repeats: int | None) -> "Case":
+        """The same measurement so often; None: by the rule of profiler.py."""
+        others = tuple(pair for pair in self.settings if pair[0] != "repeats")
+        asked = () if repeats is None else (("repeats", str(repeats)),)
+        return replace(self, settings=tuple(sorted(others + asked)))
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Case":

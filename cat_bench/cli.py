@@ -340,6 +340,9 @@ def paper(
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Measure only these: 1,64")] = None,
     seq_len: Annotated[str | None, typer.Option(help="Measure only these: 1024")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Measure so often. Default: by the time one takes.")
+    ] = None,
     results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
     debug: Debug = False,
@@ -351,9 +354,9 @@ def paper(
     from cat_bench.paper import _build
 
     wanted = exhibit is not None and (run_missing or scale == "smoke")
-    if not wanted and (only, batch_size, seq_len) != (None, None, None):
+    if not wanted and any(x is not None for x in (only, batch_size, seq_len, repeats)):
         raise UserError(
-            "--only, --batch-size and --seq-len choose what is measured, but nothing is measured.",
+            "--only, --batch-size, --seq-len and --repeats say what is measured; nothing is.",
             "Add --run to an exhibit's name, or drop them.",
         )
     if exhibit is None:
@@ -364,9 +367,9 @@ def paper(
     sizes = planning.counts("--batch-size", batch_size), planning.counts("--seq-len", seq_len)
     chosen = exhibit_runs.chosen(names, scale, only, *sizes)
     name = scale if exhibit == "all" else f"{exhibit.replace(',', '-')}-{scale}"
-    measure = exhibit_runs.measure_missing(results, name, sweeps, chosen) if wanted else None
+    measure = exhibit_runs.measure_missing(results, name, sweeps, chosen, repeats)
     device = exhibit_runs.this_device(scale) if wanted else None
-    built = _build.build(names, scale, results, measure, device)
+    built = _build.build(names, scale, results, measure if wanted else None, device)
     for text in built.skipped:
         warn(text)
     printing.print_built(built, as_json)

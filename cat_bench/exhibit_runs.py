@@ -70,11 +70,15 @@ def measure_missing(
     name: str,
     sweeps: "list[tuple[store.Run, Summary]]",
     is_chosen: Callable[[Case], bool],
+    repeats: int | None = None,
 ) -> Callable[[list[Case]], None]:
     """What measures the cases that an exhibit lacks, all in one new run folder."""
+    from cat_bench.suites import efficiency
+
+    efficiency.check_counts("--repeats", None if repeats is None else [repeats])
 
     def measure(missing: list[Case]) -> None:
-        cases = [case for case in missing if is_chosen(case)]
+        cases = [case.with_repeats(repeats) for case in missing if is_chosen(case)]
         if missing and not cases:
             warn(f"none of the {plural(len(missing), 'missing case')} was asked for.")
         if not cases:

@@ -728,11 +728,21 @@ def test_paper_measures_nothing_beyond_smoke_unless_asked(cat_bench: Cli, result
     assert not list(results_folder.glob("0*"))
 
 
+def test_paper_refuses_flags_of_measuring_where_nothing_is_measured(cat_bench: Cli):
+    for flags in (["--only", "dense"], ["--batch-size", "1"], ["--repeats", "5"]):
+        answer = cat_bench("paper", "fig2", "--scale", "h100", *flags)
+        assert answer.code == 2 and "Add --run" in answer.err
+    answer = cat_bench("paper", "fig2", "--scale", "smoke", "--repeats", "0")
+    assert answer.code == 2 and "--repeats 0 is impossible" in answer.err
+
+
 @pytest.mark.slow
 def test_paper_smoke_measures_what_is_missing_and_only_once(cat_bench: Cli, results_folder: Path):
-    first = cat_bench("paper", "table3", "--scale", "smoke")
+    first = cat_bench("paper", "table3", "--scale", "smoke", "--repeats", "2")
     assert first.code == 0, first.err
     (run,) = [store.Run.open(path) for path in store.folders(results_folder)]
+    records = store.frame([run])
+    assert {len(s) for s in records.loc[records["metric"] == "latency_s", "samples"]} == {2}
     assert run.name == "0001-table3-smoke" and set(run.closed().values()) == {"ok"}
     table = (results_folder / "paper" / "smoke" / "table3.md").read_text()
     assert "Dense" in table and "CAT-8" in table

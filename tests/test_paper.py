@@ -89,9 +89,9 @@ def test_plan_of_the_h100_scale() -> None:
 def test_a_case_is_the_same_with_any_number_of_repeats(tmp_path) -> None:
     """Rows whose repeats followed the rule close the planned cases; the newest row is shown."""
     planned = plan("fig5")
-    by_rule = [replace(case, settings=()) for case in planned]
-    assert not {case.key for case in by_rule} & {case.key for case in planned}
-    measure(tmp_path, by_rule, commit="aaaaaaaaaaaa")
+    three = [case.with_repeats(3) for case in planned]
+    assert not {case.key for case in three} & {case.key for case in planned}
+    measure(tmp_path, three, commit="aaaaaaaaaaaa")
     assert status_of(tmp_path, "fig5").status == "done"
     measure(tmp_path, planned[:3], slower=2.0, commit="bbbbbbbbbbbb")
     records = _build.all_records(tmp_path)[0]
@@ -102,12 +102,11 @@ def test_a_case_is_the_same_with_any_number_of_repeats(tmp_path) -> None:
     assert "Code of 2 commits (aaaaaaaa, bbbbbbbb): ratios are inside one run." in caption
 
 
-def test_scale_h100_has_three_repeats_everywhere_and_the_others_the_rule_of_the_profiler() -> None:
+def test_repeats_follow_the_rule_of_the_profiler_at_every_scale() -> None:
     timed = [name for name in EXHIBITS if any(c.suite == "efficiency" for c in plan(name))]
     assert {"fig2", "fig3", "fig6", "fig7", "table3", "crossover", "ttft"} <= set(timed)
     for name in timed:
-        assert {dict(c.settings).get("repeats") for c in plan(name)} == {"3"}
-        for scale in ("smoke", "paper"):
+        for scale in ("smoke", "h100", "paper"):
             assert {c.settings for c in plan(name, scale)} == {()}
 
 
@@ -277,9 +276,9 @@ def test_runs_made_at_the_same_time_are_not_mixed(tmp_path, monkeypatch) -> None
 
 
 def test_another_setting_than_the_repeats_makes_another_case(tmp_path) -> None:
-    """A run by the profiler's rule serves scale h100 too; a later one with 3 repeats wins."""
+    """A run with 3 repeats serves the plan too; a later one by the rule wins."""
     cases = plan("fig5")[:2]
-    older = measure(tmp_path, [replace(case, settings=()) for case in cases])
+    older = measure(tmp_path, [case.with_repeats(3) for case in cases])
     newer = measure(tmp_path, cases[:1])
     measure(tmp_path, [replace(cases[1], settings=(("weights", "some"),))])  # another case
     found = _build.find(_build.all_records(tmp_path)[0], cases)

@@ -151,7 +151,8 @@ def find(records: pd.DataFrame, planned: list[Case], device: str | None = None) 
     inside one run, also where a later run has another Dense. A case is the same with any number of
     repeats: every table prints n.
     """
-    keys = {key: case.key for case in planned for key in (case.key, _with_repeats_by_rule(case))}
+    asked = {_repeats(settings) for settings in records.drop_duplicates("case")["settings"]}
+    keys = {case.with_repeats(n).key: case.key for case in planned for n in {None, *asked}}
     records = records[records["case"].isin(keys)]
     records = records.assign(case=records["case"].map(keys))
     closing = records[records["metric"] == store.CLOSING]
@@ -174,10 +175,10 @@ def find(records: pd.DataFrame, planned: list[Case], device: str | None = None) 
     return Found(planned, rows, device, others, by_case)
 
 
-def _with_repeats_by_rule(case: Case) -> str:
-    """The key of the case whose repeats are left to the rule of profiler.py."""
-    settings = tuple(pair for pair in case.settings if pair[0] != "repeats")
-    return replace(case, settings=settings).key
+def _repeats(settings: Sequence[Sequence[str]]) -> int | None:
+    """What --repeats asked for; None: nothing, and the rule of profiler.py held."""
+    asked = dict(settings).get("repeats")
+    return None if asked is None else int(asked)
 
 
 def _run_number(name: str) -> int:

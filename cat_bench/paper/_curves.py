@@ -119,9 +119,9 @@ def heading(rows: pd.DataFrame) -> str:
     text = f"{machines}; {word} {', '.join(runs)}. {settings(rows)}"
     commits = sorted(set(rows["commit"])) if "commit" in rows else []
     if len(commits) > 1:  # an older row may be of slower code: only ratios inside a run are fair
-        text += (
-            f" Code of {len(commits)} commits ({', '.join(commits)}): ratios are inside one run."
-        )
+        text += f" Code of {len(commits)} commits ({', '.join(commits)}): "
+        is_mixed = any(tables.foreign_dense(rows))
+        text += f"ratios are inside one run{', where it has Dense' if is_mixed else ''}."
     return text
 
 

@@ -53,7 +53,6 @@ class Scale:
     seq_lens: tuple[int, ...]  # tokens, of Figure 3
     seq_len: int  # tokens, of Figures 2 and 5
     batch_size: int  # of Figure 3
-    repeats: int | None = None  # of every case; None: by the rule of profiler.py
 
 
 GPU_BATCHES = (1, 4, 16, 64, 128, 256, 512)
@@ -65,7 +64,7 @@ SCALES = {
     ),
     "h100": Scale(
         "h100", "Scale h100: the paper's sizes on one Hopper GPU, random weights", "cuda",
-        "bfloat16", GPU_BATCHES, GPU_LENGTHS, 1024, 256, repeats=3,  # of GPU time there is little
+        "bfloat16", GPU_BATCHES, GPU_LENGTHS, 1024, 256,
     ),
     "paper": Scale(
         "paper", "Scale paper: Appendix E in full", "cuda", "bfloat16", GPU_BATCHES, GPU_LENGTHS,
@@ -173,7 +172,6 @@ def timed_cases(
 ) -> list[Case]:
     """Efficiency cases of every available architecture; equal ones have equal keys everywhere."""
     chosen = scale_of(scale)
-    settings = () if chosen.repeats is None else (("repeats", str(chosen.repeats)),)
     return [
         Case(
             suite="efficiency",
@@ -185,7 +183,6 @@ def timed_cases(
             device=chosen.device,
             decode_path=path,
             scale=scale,
-            settings=settings,
         )
         for name in available(names, scale)
         for path in [decode_path(name, chosen.device)]

@@ -173,15 +173,15 @@ def check_options(specs: list[Spec], options: Options) -> None:
         raise UserError(
             f"--dtype '{options.dtype}' is unknown.", "It is float32, bfloat16 or float64."
         )
-    _check_counts("--batch-size", options.batch_sizes)
-    _check_counts("--seq-len", options.seq_lens)
-    _check_counts("--prompt-len", options.prompt_lens)
+    check_counts("--batch-size", options.batch_sizes)
+    check_counts("--seq-len", options.seq_lens)
+    check_counts("--prompt-len", options.prompt_lens)
     for flag, value in (
         ("--new-tokens", options.new_tokens),
         ("--repeats", options.repeats),
         ("--reference-every", options.reference_every),
     ):
-        _check_counts(flag, None if value is None else [value])
+        check_counts(flag, None if value is None else [value])
     if not options.seeds or min(options.seeds) < 0:
         raise UserError(
             f"--seed {', '.join(map(str, options.seeds)) or 'is empty'}: seeds are 0 or more.",
@@ -189,7 +189,8 @@ def check_options(specs: list[Spec], options: Options) -> None:
         )
 
 
-def _check_counts(flag: str, values: Sequence[int] | None) -> None:
+def check_counts(flag: str, values: Sequence[int] | None) -> None:
+    """Raises UserError where `values` of `flag` are empty or not all 1 or more. None: not given."""
     if values is not None and len(values) == 0:
         raise UserError(f"{flag} is empty.", f"Example: {flag} {EXAMPLES[flag]}")
     for value in values or ():
