@@ -37,19 +37,24 @@ class Launch(NamedTuple):
     stages: int
 
 
-def launch_of(kernel: str, chunk_size: int, head_width: int, float32: bool) -> Launch:
+def launch_of(
+    kernel: str, chunk_size: int, head_width: int, float32: bool, num_chunks: int
+) -> Launch:
     """Tiles of `kernel` ("forward", "queries" or "summaries") that keep to the registers.
 
     The smallest query tile that holds a chunk: what a tile computes of its own square without need
-    grows with it, and small tiles fill the device at short lengths.
+    grows with it, and small tiles fill the device at short lengths. Of summaries the forward pass
+    takes few at a time, for the last, masked step of a loop wastes half a tile.
     """
     if float32:  # three TF32 products for one, and twice the bytes
         block_m = next(size for size in (32, 64, 128) if chunk_size <= size)
         block_m = 32 if kernel == "summaries" else block_m
         return Launch(block_m, 32, warps=4 if block_m == 32 else 8, stages=1)
     block_m = 64 if kernel == "summaries" or chunk_size <= 64 else 128
+    block_n = 32 if kernel == "forward" else 64
     warps = 4 if block_m * head_width <= 64 * 64 else 8
-    return Launch(block_m, 64, warps, stages=3 if kernel == "forward" and head_width <= 64 else 2)
+    is_short = kernel == "queries" and num_chunks <= 256  # its loop ends before it is filled
+    return Launch(block_m, block_n, warps, stages=2 if is_short or head_width > 64 else 3)
 
 
 def tile_rows(chunk_size: int, block_m: int) -> int:
@@ -64,7 +69,7 @@ def forward(q, k, v, o, lse, chunk_size: int, offset: int, rope=None) -> None:
     r % C of the tables says, and row 0 must say not at all. `offset` is 0 then.
     """
     b, h, t, e = q.shape
-    launch = launch_of("forward", chunk_size, e, q.element_size() == 4)
+    launch = launch_of("forward", chunk_size, e, q.element_size() == 4, t // chunk_size)
     rows = tile_rows(chunk_size, launch.block_m)
     _forward_kernel[(b * h, triton.cdiv(t, rows))](
         q, k, v, *_tables(rope), o, lse, t, *_scalars(q, k, offset), *_strides(q, k, v, o),
@@ -80,7 +85,7 @@ def backward(
     With `rope` as in `forward`, dq and dk are those of the unrotated q and k.
     """
     b, h, t, e = q.shape
-    launch = launch_of("queries", chunk_size, e, q.element_size() == 4)
+    launch = launch_of("queries", chunk_size, e, q.element_size() == 4, t // chunk_size)
     rows = tile_rows(chunk_size, launch.block_m)
     tiles = triton.cdiv(t, rows)
     rotated = q if rope is None else q.new_empty(b, t, h, e).transpose(1, 2)
@@ -92,7 +97,7 @@ def backward(
     num_summaries = (tiles - 1) * (rows // chunk_size)  # those that a later tile sees
     if num_summaries == 0:
         return
-    launch = launch_of("summaries", chunk_size, e, q.element_size() == 4)
+    launch = launch_of("summaries", chunk_size, e, q.element_size() == 4, t // chunk_size)
     _summaries_kernel[(b * h, triton.cdiv(num_summaries, launch.block_n))](
         do, rotated, k, v, lse, delta, dk, dv, t, num_summaries, *_scalars(q, k, offset),
         *_strides(do, rotated, k, v, dk, dv),
