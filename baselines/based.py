@@ -56,8 +56,9 @@ from cat_bench.graph import (
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.window import flex_window_attention, ring_attention, ring_rows, window_attention
 
-# At WikiText-103 scale (cat_spec.md 1.7): 2 + 2 + 2 layers, the plain one there is pattern=cclcsc.
+# At WikiText-103 scale (paper C.1, E.4): 1 linear + 1 window + 4 convolution layers, and 2 + 2 + 2.
 PRESETS = {
+    "based-wikitext": {"pattern": "cclcsc", "width": 768, "window": 64, "vocab_size": 32_000},
     "based-2x": {"pattern": "clscls", "width": 768, "window": 64, "vocab_size": 32_000},
 }
 REQUIRES = {"cuda_graph": "triton", "upstream": "fla"}

@@ -52,6 +52,7 @@ PRESETS = {
     "mamba2-16": {"d_state": 16},
     "mamba2-32": {"d_state": 32},
     "mamba2-64": {"d_state": 64},
+    "mamba2-wikitext": {"width": 768, "num_layers": 12, "vocab_size": 32_000},  # paper C.1, E.4
 }
 REQUIRES = {
     "cuda_graph": "mamba_ssm",

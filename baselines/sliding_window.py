@@ -33,7 +33,15 @@ from cat_bench.window import (
     window_attention,
 )
 
-PRESETS = {"swa-512": {"window": 512}, "swa-64": {"window": 64}}
+PRESETS = {
+    "swa": {},
+    "swa-512": {"window": 512},
+    "swa-64": {"window": 64},
+    "swa-wikitext": {  # paper C.1, E.4
+        "window": 64, "width": 768, "num_layers": 6, "vocab_size": 32_000
+    },
+    "swa-mqar": {"window": 64, "width": 64, "num_layers": 2, "vocab_size": 8192},  # C.2, E.5
+}  # fmt: skip
 REQUIRES = {"cuda_graph": "triton", "compile": "triton"}
 
 

@@ -30,7 +30,13 @@ from cat_bench.errors import require_cuda
 from cat_bench.graph import CapturedStep, Rows
 from cat_bench.language_model import Transformer
 
-PRESETS = {"sparse-2d": {"width": 2048}}
+PRESETS = {
+    "sparse-2d": {"width": 2048},
+    "sparse-wikitext": {  # paper C.1, E.4
+        "stride": 4, "width": 768, "num_layers": 6, "vocab_size": 32_000
+    },
+    "sparse-mqar": {"stride": 4, "width": 64, "num_layers": 2, "vocab_size": 8192},  # C.2, E.5
+}  # fmt: skip
 REQUIRES = {"cuda_graph": "triton", "compile": "triton"}
 
 

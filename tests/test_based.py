@@ -401,16 +401,8 @@ def test_a_ring_off_by_one_is_seen(shift: int, monkeypatch: pytest.MonkeyPatch) 
 # The specification's tables
 
 
-WIKITEXT = "width=768,window=64,vocab_size=32000"
-
-
 @pytest.mark.parametrize(
-    ("text", "total_millions"),
-    [
-        ("based", 271.1),
-        (f"based:pattern=cclcsc,{WIKITEXT}", 95.6),
-        ("based-2x", 92.4),
-    ],
+    ("text", "total_millions"), [("based", 271.1), ("based-wikitext", 95.6), ("based-2x", 92.4)]
 )
 def test_parameter_counts(text: str, total_millions: float) -> None:
     assert round(planned(text).num_params / 1e6, 1) == total_millions
@@ -431,8 +423,9 @@ def test_layers_of_the_default_and_of_the_presets() -> None:
     letters = {"c": "conv", "l": "linear", "s": "sliding"}
     expected = ["conv", "conv", "linear", "conv", "sliding", "conv"] * 2
     assert [letters[kind] for kind in based.Config().pattern] == expected
-    twice = spec.parse("based-2x").overrides["pattern"]
-    assert [twice.count(kind) for kind in "lsc"] == [2, 2, 2]
+    for preset, layers in (("based-wikitext", [1, 1, 4]), ("based-2x", [2, 2, 2])):
+        pattern = spec.parse(preset).overrides["pattern"]
+        assert [pattern.count(kind) for kind in "lsc"] == layers
 
 
 @pytest.mark.parametrize("seq_len", [1024, 4096])

@@ -456,7 +456,7 @@ def test_parameter_counts() -> None:
     model = planned("mamba2")
     assert model.num_params == 24 * layer + 1024 + 2 * 50_432 * 1024 == 261_711_104
     assert model.num_params_non_embedding == 158_426_368
-    wikitext = planned("mamba2:vocab_size=32000,width=768,num_layers=12")
+    wikitext = planned("mamba2-wikitext")
     assert round(wikitext.num_params / 1e6, 1) == 94.3
 
 

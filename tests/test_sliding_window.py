@@ -247,7 +247,7 @@ def test_planted_faults_are_noticed(name: str, fault: object) -> None:
 # Costs at full size
 
 
-@pytest.mark.parametrize("preset", ["sliding_window", "swa-512", "swa-64"])
+@pytest.mark.parametrize("preset", ["sliding_window", "swa", "swa-512", "swa-64"])
 def test_parameters_are_dense_s(preset: str) -> None:
     model = planned(preset)
     assert model.num_params == planned("dense").num_params == 257_451_008
@@ -255,10 +255,10 @@ def test_parameters_are_dense_s(preset: str) -> None:
 
 
 def test_parameters_at_the_smaller_scales() -> None:
-    wikitext = planned("swa-64:vocab_size=32000,width=768,num_layers=6")
+    wikitext = planned("swa-wikitext")
     assert round(wikitext.num_params / 1e6, 1) == 91.6
     assert round(wikitext.num_params_non_embedding / 1e6, 1) == 42.5
-    recall = planned("swa-64:width=64,num_layers=2,vocab_size=8192")
+    recall = planned("swa-mqar")
     assert (recall.num_params, recall.num_params_non_embedding) == (1_179_968, 131_392)
     assert recall.state_bytes_float(1, 256) // 2 == 16_384  # elements (evaluation_spec.md 1.5)
 
@@ -312,7 +312,7 @@ def test_labels() -> None:
 
 
 def test_presets_are_read_without_importing() -> None:
-    assert spec.parse("swa-512") == spec.parse("sliding_window")
+    assert spec.parse("swa") == spec.parse("swa-512") == spec.parse("sliding_window")
     assert spec.parse("swa-64").text == "sliding_window:window=64"
 
 

@@ -253,10 +253,10 @@ def test_exact_counts(text: str, total: int, non_embedding_millions: float) -> N
 
 
 def test_wikitext_and_associative_recall_scale() -> None:
-    wikitext = planned("sparse:stride=4,vocab_size=32000,width=768,num_layers=6")
+    wikitext = planned("sparse-wikitext")
     assert round(wikitext.num_params / 1e6, 1) == 91.6
     assert round(wikitext.num_params_non_embedding / 1e6, 1) == 42.5
-    recall = planned("sparse:stride=4,vocab_size=8192,width=64,num_layers=2")
+    recall = planned("sparse-mqar")
     assert (recall.num_params, recall.num_params_non_embedding) == (1_179_968, 131_392)
     assert recall.state_bytes(1, 256) == 2 * 17_408  # elements of two bytes
 

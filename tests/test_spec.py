@@ -50,6 +50,35 @@ def test_every_preset_parses_and_every_text_is_canonical():
             assert spec.parse(parsed.text) == parsed
 
 
+# Names to type for the models of cat_spec.md 1.7, by scale: FineWeb-Edu, WikiText-103, MQAR.
+SCALES = {
+    "fineweb": (
+        "dense dense-2d cat-4 cat-8 cat-16 cat-32 cat-4-q cat-8-q cat-16-q cat-32-q cat-1x "
+        "cat-1x-q sparse-2d swa swa-512 swa-64 based mamba2 gdn gdn-h1"
+    ),
+    "wikitext": (
+        "dense-wikitext sparse-wikitext swa-wikitext based-wikitext based-2x mamba2-wikitext "
+        "cat-8-wikitext cat-16-wikitext cat-32-wikitext cat-64-wikitext"
+    ),
+    "mqar": "dense-mqar sparse-mqar swa-mqar cat-mqar",
+}
+SHARED = {  # what all models of a scale have in common there
+    "fineweb": {"width": (1024, 2048), "vocab_size": (50_432,)},
+    "wikitext": {"width": (768,), "vocab_size": (32_000,)},
+    "mqar": {"width": (64,), "vocab_size": (8192,), "num_layers": (2,)},
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_model_of_the_specification_has_a_name(scale: str):
+    for name in SCALES[scale].split():
+        parsed = spec.parse(name)
+        defaults = {key: field.default for key, field in spec.describe(parsed.name).fields.items()}
+        settings = defaults | parsed.overrides
+        for key, allowed in SHARED[scale].items():
+            assert settings[key] in allowed, name
+
+
 def test_all_types_are_read(mine: str):
     parsed = spec.parse(f"{mine}:ratio=1e-3,rule=absolute,window=256,gated=TRUE,note=hello,width=8")
     assert parsed.overrides == {
