@@ -3,7 +3,11 @@
 import html
 import importlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,10 +131,10 @@ def test_notes_tell_strides_and_windows(tmp_path) -> None:
     measure(tmp_path, cases, resolved=predict.resolve(cases))
     records = _build.find(_build.all_records(tmp_path)[0], plan("fig3")).records
     content = _build.exhibit("fig3").render(records, [], "h100")
-    assert content.tables[0].notes[-1] == (
+    assert (
         "Stride and window, tokens: GDN-H1 window 512, 1024, 2048 (half the length); "
         "BASED window 128; Sparse-2D stride 8; Sliding window 512."
-    )
+    ) in content.tables[0].notes
     assert "GDN-H1: window of half the length." in caption_of(content)
 
 
@@ -142,7 +146,7 @@ def test_exhibits_share_cases_by_key() -> None:
 
 def test_smoke_is_small_and_shares_no_case_with_another_scale() -> None:
     smoke = {c.key: c for name in EXHIBITS for c in plan(name, "smoke")}
-    assert 0 < len(smoke) <= 45
+    assert 0 < len(smoke) <= 45 + 3 * len(_settings.UNNAMED)
     assert {(c.device, c.dtype, c.decode_path) for c in smoke.values()} == {
         ("cpu", "float32", "eager")
     }
@@ -151,12 +155,52 @@ def test_smoke_is_small_and_shares_no_case_with_another_scale() -> None:
     assert all("vocab_size=256" in c.arch for c in smoke.values())
     models = [c for c in smoke.values() if c.suite != "attention"]  # which runs no model
     deep = {c.arch.split(":")[0] for c in models if "num_layers=2" not in c.arch}
-    assert deep <= {"based"}  # its depth is its pattern of layers
+    assert deep - set(_settings.UNNAMED) <= {"based"}  # its depth is its pattern of layers
     assert not set(smoke) & {c.key for name in EXHIBITS for c in plan(name)}
     assert not {c.key for c in plan("fig2", "paper")} & {c.key for c in plan("fig2")}
 
 
-def test_a_new_baseline_file_appears_without_an_edit(tmp_path, monkeypatch) -> None:
+PATHS = ("cuda_graph", "compile")
+ALL_SYSTEMS = ("fig2", "fig3", "crossover", "ttft", "training")
+PLANS = """
+import importlib, json
+from cat_bench.paper import _settings
+plan = lambda name, scale: importlib.import_module(f"cat_bench.paper.{name}").plan(scale)
+names = ("fig2", "fig3", "crossover", "ttft", "training", "fig5")
+plans = {name: [case.key for case in plan(name, "h100")] for name in names}
+with_mine = [n for n in names if any(c.arch.startswith("mine") for c in plan(n, "h100"))]
+missing = _settings.missing(_settings.ARCHITECTURES, "h100")
+print(json.dumps([plans, with_mine, missing, _settings.label("mine")]))
+"""
+
+
+@pytest.mark.parametrize(("fast", "joins"), [(True, [*ALL_SYSTEMS]), (False, [])])
+def test_a_file_that_nobody_names_joins_all_systems_without_an_edit(
+    tmp_path, fast: bool, joins: list[str]
+) -> None:
+    """In a copy of the packages and a process of its own, as a user would add it."""
+    for package in ("cat_bench", "baselines", "recall_tasks"):
+        shutil.copytree(spec.PACKAGE.parent / package, tmp_path / package)
+    decode, forward = (f'("eager", "{path}")' if fast else '("eager",)' for path in PATHS)
+    mine = f"class Model:\n    decode_paths = {decode}\n    forward_paths = {forward}\n"
+    source = f"class Config:\n    width: int = 1024\n\n{mine}"
+    (tmp_path / "baselines" / "mine.py").write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-c", PLANS],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    plans, with_mine, missing, label = json.loads(done.stdout)
+    assert (with_mine, label) == (joins, "mine")
+    assert any(re.fullmatch(r".*mine.* \(no fast decode path\)", text) for text in missing) != fast
+    for name, keys in plans.items():
+        assert {case.key for case in plan(name)} <= set(keys)  # all others stay what they were
+
+
+def test_a_named_file_appears_once_it_is_there(tmp_path, monkeypatch) -> None:
     assert "CAT-8" not in _settings.LABELS.values()
     for path in spec.BASELINES.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())

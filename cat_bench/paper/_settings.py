@@ -1,7 +1,8 @@
 """Scales and architectures of the exhibits: what is measured where, and which of it exists yet.
 
 An exhibit lists architectures by the names users type; those whose file is not there yet are left
-out and named in its status, so a new file in baselines/ appears in every exhibit without an edit.
+out and named in its status. Exhibits that compare all systems end their list with every file of
+baselines/ that nobody has named here, so a new one appears in them without an edit.
 Scales never share a table, so the scale is part of every case.
 """
 
@@ -22,7 +23,7 @@ SMOKE_WIDTH_DIVISOR, SMOKE_MIN_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads 
 
 HALF_WINDOW = ("gdn-h1",)  # the window is half the length: 512 at 1K, 2048 at 4K (cat_spec.md 1.7)
 
-# Labels of the paper's tables, by the name an exhibit asks for. Others keep their name.
+# Labels of the paper's tables, by the name an exhibit asks for. Others keep their name (`label`).
 LABELS = {
     "dense": "Dense",
     "dense-2d": "Dense-2D",
@@ -37,10 +38,14 @@ LABELS = {
     "based:window_cache=max_len": "BASED (unpatched)",
 }
 # Figures 2 and 3: the paper's and the field's (evaluation_spec.md 4.3).
-ARCHITECTURES = (
+NAMED = (
     "dense", "dense-2d", "cat-8", "cat-16", "cat-32", "mamba2", "gated_deltanet", "gdn-h1",
     "based", "sparse-2d", "sliding_window",
 )  # fmt: skip
+UNNAMED = tuple(  # a user's own files: NAMED has neither their name nor a preset of theirs
+    info.name for info in spec.architectures() if not {info.name, *info.presets} & set(NAMED)
+)
+ARCHITECTURES = NAMED + UNNAMED
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ def scale_of(name: str) -> Scale:
 
 
 def label(name: str) -> str:
-    """ "cat-8" -> "CAT-8", "mamba2:d_state=16" -> "Mamba2"."""
+    """ "cat-8" -> "CAT-8", "mamba2:d_state=16" -> "Mamba2"; a user's file keeps its name."""
+    if name in UNNAMED:
+        return name
     preset = name.partition(":")[0]
     return LABELS.get(name) or LABELS.get(preset, preset.upper())
 
