@@ -148,6 +148,30 @@ def test_verbs_and_flags_of_the_readme_exist(line: str):
         assert re.search(rf"(^|[ ,]){flag}\b", help_text, flags=re.MULTILINE), f"no flag {flag}"
 
 
+@pytest.mark.parametrize("line", [*readme_commands("list"), *readme_commands("doctor")])
+def test_what_shows_and_measures_nothing_runs(line: str):
+    done = tool(sys.executable, "-m", "cat_bench", *shlex.split(line)[1:])
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_five_commands_work_on_a_fresh_clone(results_folder: Path):
+    """One after another, among the runs that are committed."""
+    ignored = shutil.ignore_patterns("*quick*", "*smoke*", "h200", "paper")
+    shutil.copytree(ROOT / "results", results_folder, ignore=ignored)
+    (block,) = [block for block in BLOCKS if "cat-bench show" in block]
+    said = {}
+    for line in block.splitlines():
+        verb, *arguments = shlex.split(line)[1:]
+        done = tool(sys.executable, "-m", "cat_bench", verb, *arguments)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        said[verb] = done.stdout
+    assert list(said) == ["list", "run", "show", "compare", "paper"]
+    assert "CAT-8 (" in said["show"] and said["show"] in said["run"]
+    assert "comparable cases got worse." in said["compare"]
+    assert (results_folder / "paper" / "h100" / "fig2.svg").stat().st_size
+
+
 def test_every_file_of_the_readme_tree_exists():
     tree = README.split("## Tree")[1].split("```")[1]
     inside = re.findall(r"([a-z_]+\.(?:py|toml))", tree)
