@@ -26,7 +26,7 @@ from torch import Tensor
 from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import HEAD_WIDTH, Attend, attention, check_width, rope_table
 from cat_bench.chunk_attention import MAX_FUSED_CHUNK, chunk_attention
-from cat_bench.errors import require_cuda
+from cat_bench.errors import UserError, require_cuda
 from cat_bench.graph import CapturedStep, Rows
 from cat_bench.language_model import Transformer
 
@@ -86,6 +86,13 @@ class Model(Transformer):
     forward_paths = ("eager", "compile")
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
+        """Raises UserError for a stride that the kernels of `compile` cannot take."""
+        if forward_path == "compile" and config.stride > MAX_FUSED_CHUNK:
+            raise UserError(
+                f"the forward path 'compile' of strided attention takes strides up to "
+                f"{MAX_FUSED_CHUNK}, got {config.stride}.",
+                "Use --forward-path eager.",
+            )
         super().__init__(config, decode_path, forward_path)
 
     def attend_all(self, num_tokens: int, device: torch.device) -> Attend:

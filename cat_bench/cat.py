@@ -34,9 +34,9 @@ from cat_bench.blocks import (
     linear_params,
     rope_table,
 )
-from cat_bench.chunk_attention import chunk_attention
+from cat_bench.chunk_attention import MAX_FUSED_CHUNK, chunk_attention
 from cat_bench.chunk_block import chunk_block
-from cat_bench.errors import require_cuda
+from cat_bench.errors import UserError, require_cuda
 from cat_bench.graph import (
     CapturedStep,
     Rows,
@@ -207,6 +207,13 @@ class Model(ForwardPath):
     memory_budget = 0.9  # 5.9 of 32.2 GiB less for 2 % more time (16 x 1024 tokens, H100)
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
+        """Raises UserError for a chunk size that the kernels of `compile` cannot take."""
+        if forward_path == "compile" and config.chunk_size > MAX_FUSED_CHUNK:
+            raise UserError(
+                f"the forward path 'compile' of CAT takes chunk sizes up to {MAX_FUSED_CHUNK}, "
+                f"got {config.chunk_size}.",
+                "Use --forward-path eager.",
+            )
         super().__init__()
         self.config, self.decode_path, self.forward_path = config, decode_path, forward_path
         self.compressor = Compressor(config)

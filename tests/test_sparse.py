@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from baselines import sparse
-from cat_bench import spec
+from cat_bench import predict, spec
 from cat_bench.architecture import build, generation_flops
+from cat_bench.case import Options
+from cat_bench.errors import UserError
+from cat_bench.suites import training
 
 LENGTH = 14  # tokens; neither 3 nor 4 divides it
 
@@ -309,6 +312,22 @@ def test_label_tells_an_unusual_stride() -> None:
     assert sparse.Config(stride=4).label == "Sparse (stride=4)"
     assert sparse.Config(stride=16, width=2048).label == "Sparse-2D (stride=16)"
     assert sparse.Config(width=768).label == "Sparse (width=768)"
+
+
+@pytest.mark.parametrize(
+    ("longest", "beyond"),
+    [("sparse:stride=128", "sparse:stride=129"), ("cat:chunk_size=128", "cat:chunk_size=129")],
+)
+def test_what_the_kernels_of_compile_cannot_take_is_refused_by_the_plan(
+    longest: str, beyond: str
+) -> None:
+    """Also where nobody typed the path: on a GPU a training case takes `compile` by itself."""
+    predict.resolve(training.plan([spec.parse(longest)], Options(device="cuda")))
+    with pytest.raises(UserError, match="'compile' of .* up to 128, got 129") as refused:
+        predict.resolve(training.plan([spec.parse(beyond)], Options(device="cuda")))
+    assert "--forward-path eager" in refused.value.hint
+    eager = Options(device="cuda", forward_path="eager")
+    predict.resolve(training.plan([spec.parse(beyond)], eager))
 
 
 @pytest.mark.parametrize(
