@@ -71,6 +71,7 @@ from cat_bench.window import (
 
 PRESETS = {"gdn": {}, "gdn-h1": {"hybrid": True, "window": 512}}
 REQUIRES = {"cuda_graph": "fla", "upstream": "fla", "upstream_graph": "fla"}
+UPSTREAM_LACKS = {"hybrid": "fla's attention layer needs flash-attn"}  # for suite upstream
 TINY = {"num_heads": 2, "key_width": 16, "value_width": 32}
 CHUNK = 64  # tokens that forward and prefill read at once: speed only, the results are the same
 

@@ -60,6 +60,7 @@ REQUIRES = {
     "upstream": "mamba_ssm",
     "forward upstream": ("mamba_ssm", "causal_conv1d"),
 }
+UPSTREAM_LACKS = {"norm_eps": "mamba-ssm's model has 1e-5 built in"}  # for suite upstream
 TINY = {"headdim": 16}  # for the contract: 8 heads, and strides that causal-conv1d takes
 
 SCAN_CHUNK = 64  # tokens; moves the scan's time and memory, not its result

@@ -79,6 +79,7 @@ class ArchitectureInfo:
     decode_paths: tuple[str, ...]
     forward_paths: tuple[str, ...]
     requires: dict[str, str | tuple[str, ...]]  # REQUIRES as it stands there: see `packages`
+    upstream_lacks: dict[str, str]  # setting -> why the authors' program cannot have it
     exports: frozenset[str]  # names that its top level defines or imports
 
     def fastest(self, device: str) -> str:
@@ -398,6 +399,9 @@ def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
         decode_paths=_literal(model.get("decode_paths"), constants, ("eager",)),
         forward_paths=_literal(model.get("forward_paths"), constants, ("eager",)),
         requires=_checked_requires(path, _literal(constants.get("REQUIRES"), constants, {})),
+        upstream_lacks=_checked(
+            path, "UPSTREAM_LACKS", _literal(constants.get("UPSTREAM_LACKS"), constants, {})
+        ),
         exports=frozenset(_defined(tree)),
     )
 

@@ -103,6 +103,23 @@ def test_an_architecture_without_upstream_program_is_refused() -> None:
     assert all(name in error.value.hint for name in able)
 
 
+@pytest.mark.parametrize(
+    ("arch", "said", "hint"),
+    [
+        ("gdn-h1", "needs flash-attn", "gated_deltanet without hybrid has one."),
+        ("mamba2:norm_eps=1e-6", "has 1e-5 built in", "mamba2 without norm_eps has one."),
+    ],
+)
+def test_a_model_that_their_program_cannot_be_is_refused_by_the_plan(
+    arch: str, said: str, hint: str
+) -> None:
+    """Not after our side of the whole grid is measured."""
+    with pytest.raises(UserError) as error:
+        upstream.plan([parse("gdn"), parse(arch)], Options(device="cuda"))
+    assert error.value.message.startswith(f"{parse(arch).text} has no upstream program")
+    assert said in error.value.message and error.value.hint == hint
+
+
 def exports(name: str) -> frozenset[str]:
     return describe(name).exports
 

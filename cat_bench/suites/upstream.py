@@ -6,8 +6,9 @@ An architecture takes part where its file exports
 
 which builds the authors' program around the weights of `model`; it takes a prompt and the final
 length and returns prompt and greedy tokens, in their best configuration (CUDA graphs where they
-have them). Dense, Sparse, Sliding window and CAT have none here: no package ships a graphed
-static-cache loop for them.
+have them). A literal UPSTREAM_LACKS = {setting: reason} there names what their program cannot have:
+the plan refuses it, before our side is measured. Dense, Sparse, Sliding window and CAT have no such
+program: no package ships a graphed static-cache loop for them.
 
 Two cases per shape, equal but for the setting "loop", each in its fresh process: "ours" is
 generate.greedy on the fastest decode path, "upstream" the whole call of theirs. Both have the same
@@ -65,13 +66,17 @@ def _with_loop(case: Case, loop: str, decode_path: str | None) -> Case:
 
 
 def _check_export(spec: Spec) -> None:
-    if EXPORT in describe(spec.name).exports:
-        return
-    able = [info.name for info in architectures() if EXPORT in info.exports]
-    raise UserError(
-        f"{spec.text} has no upstream program to compare with: its file exports no {EXPORT}.",
-        f"Those that do: {', '.join(able) or 'none yet'}.",
-    )
+    """Raises UserError where the file has no program of the authors, or none with such settings."""
+    info, problem = describe(spec.name), f"{spec.text} has no upstream program to compare with"
+    if EXPORT not in info.exports:
+        able = [info.name for info in architectures() if EXPORT in info.exports]
+        raise UserError(
+            f"{problem}: its file exports no {EXPORT}.",
+            f"Those that do: {', '.join(able) or 'none yet'}.",
+        )
+    for setting, reason in info.upstream_lacks.items():
+        if setting in spec.overrides:
+            raise UserError(f"{problem}: {reason}.", f"{spec.name} without {setting} has one.")
 
 
 # --- measure --------------------------------------------------------------------------------------
