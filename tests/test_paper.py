@@ -17,7 +17,16 @@ import pytest
 from cat_bench import figures, predict, spec, store
 from cat_bench.case import Case, Record
 from cat_bench.errors import UserError
-from cat_bench.paper import _build, _curves, _lines, _one_run, _published, _settings, crossover
+from cat_bench.paper import (
+    _build,
+    _curves,
+    _lines,
+    _one_run,
+    _published,
+    _settings,
+    crossover,
+    fig7,
+)
 
 EXHIBITS = [f"table{n}" for n in range(1, 14)] + [f"fig{n}" for n in range(2, 9)]
 EXHIBITS += ["attention", "crossover", "training", "ttft"]  # our own
@@ -393,6 +402,21 @@ def test_a_ratio_takes_dense_from_its_own_run(tmp_path) -> None:
     rows = _curves.measured(found.records, names, cases, "h100").set_index("case")
     assert dict(rows["run"]) == {dense.key: newer.name, cat.key: first.name}
     assert rows.loc[cat.key, "speedup"] == pytest.approx(2.0)
+
+
+def test_figures_7_and_8_say_that_kept_scores_are_not_reproduced(tmp_path) -> None:
+    """evaluation_spec.md 4.3: 105.4 GB at batch 256 and length 4096, of all tokens and GPT-2's ids;
+    here of the new ones and of the padded vocabulary.
+    """
+    (longest,) = {fig7.score_bytes(c) for c in plan("fig7") if c.seq_len == 4096}
+    assert longest == 256 * (4096 - 8) * 50_432 * 2 and round(longest / 1e9, 1) == 105.6
+    measure(tmp_path, plan("fig7"))
+    for name in ("fig7", "fig8"):
+        records = _build.find(_build.all_records(tmp_path)[0], plan(name)).records
+        table = _build.exhibit(name).render(records, _build.points_of(name), "h100").tables[0]
+        assert table.notes[-1].startswith("Not reproduced and not timed: scores kept.")
+        assert table.notes[-1].endswith("24.4, 49.1, 98.3 GiB more at lengths 1024, 2048, 4096.")
+        assert any("keeps none" in remark for remark in _published.remarks(name))
 
 
 def test_build_measures_what_is_missing_once_and_writes_all_files(tmp_path) -> None:

@@ -5,13 +5,15 @@ Try it: cat-bench paper fig7 --scale smoke
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
-from cat_bench import figures
+from cat_bench import figures, spec
 from cat_bench.case import Case
 from cat_bench.paper import _curves, _settings
 from cat_bench.paper._settings import Content
+from cat_bench.tables import GIB, digits
 
 TITLE = "Figure 7: latency of BASED over the length"
 SUITES = ("efficiency",)
@@ -36,6 +38,34 @@ def over_length(
 ) -> Content:
     """Figures 7 and 8. The ratios need the paper's Dense, which stands in Figure 3."""
     published = [*published, *_curves.published_dense("fig3")]
-    return _curves.content(
+    drawn = _curves.content(
         title, records, published, ARCHITECTURES, plan(scale), figures.LENGTH, scale, panels
     )
+    if not drawn.tables:
+        return drawn
+    ratios, *others = drawn.tables
+    noted = replace(ratios, notes=(*ratios.notes, kept_scores(plan(scale))))
+    return drawn._replace(tables=(noted, *others))
+
+
+def kept_scores(cases: Sequence[Case]) -> str:
+    """The part of the paper's figures that is not reproduced (evaluation_spec.md 4.3 and 4.5)."""
+    of_based = [case for case in cases if case.arch.startswith("based")]
+    by_length = {case.seq_len: score_bytes(case) for case in of_based}
+    lengths = ", ".join(str(length) for length in by_length)
+    sizes = ", ".join(digits(size / GIB) for size in by_length.values())
+    return (
+        "Not reproduced and not timed: scores kept. BASED's official code keeps the logits of all "
+        "steps, so the two caches alone do not explain the paper's Figure 8; this loop keeps none. "
+        "By formula, batch x new tokens x vocabulary x bytes per element, they would take "
+        f"{sizes} GiB more at lengths {lengths}."
+    )
+
+
+def score_bytes(case: Case) -> int:
+    """Bytes of the logits of all new tokens, in the case's dtype."""
+    parsed = spec.parse(case.arch)
+    default = spec.describe(parsed.name).fields["vocab_size"].default
+    vocab_size = parsed.overrides.get("vocab_size", default)
+    itemsize = int(case.dtype[-2:]) // 8  # "bfloat16", "float32": bits
+    return case.batch_size * case.new_tokens * vocab_size * itemsize

@@ -7,8 +7,8 @@ An architecture takes part where its file exports
 which builds the authors' program around the weights of `model`; it takes a prompt and the final
 length and returns prompt and greedy tokens, in their best configuration (CUDA graphs where they
 have them). A literal UPSTREAM_LACKS = {setting: reason} there names what their program cannot have:
-the plan refuses it, before our side is measured. Dense, Sparse, Sliding window and CAT have no such
-program: no package ships a graphed static-cache loop for them.
+the plan refuses it, before our side is measured. Nothing is wrapped for Dense, Sparse, Sliding
+window, CAT and BASED: no package ships a graphed static-cache loop for them.
 
 Two cases per shape, equal but for the setting "loop", each in its fresh process: "ours" is
 generate.greedy on the fastest decode path, "upstream" the whole call of theirs. Both have the same
