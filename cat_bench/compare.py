@@ -13,19 +13,11 @@ from typing import Any
 import pandas as pd
 
 from cat_bench import stats, store
+from cat_bench.columns import Column, digits, faster, percent, whole
 from cat_bench.errors import UserError
 from cat_bench.measurements import frame, latency_samples, measured
-from cat_bench.tables import (
-    Column,
-    Table,
-    dense_first,
-    digits,
-    faster,
-    name_of,
-    percent,
-    table,
-    whole,
-)
+from cat_bench.notes import name_of
+from cat_bench.tables import Table, dense_first, table
 
 
 def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = False) -> Table:

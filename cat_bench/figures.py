@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from cat_bench import tables
+from cat_bench.columns import GIB
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -124,7 +124,7 @@ class Panel(NamedTuple):
 LATENCY = Panel(
     "latency_s", "latency", "Latency (s)", "s", low="latency_s_low", high="latency_s_high"
 )
-MEMORY = Panel("peak_bytes", "peak memory", "Peak memory (GiB)", "GiB", divisor=tables.GIB)
+MEMORY = Panel("peak_bytes", "peak memory", "Peak memory (GiB)", "GiB", divisor=GIB)
 SPEEDUP = Panel(
     "speedup", "speed-up over Dense", "Speed-up (x)", "s", True, "speedup_low", "speedup_high"
 )

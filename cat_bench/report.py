@@ -22,10 +22,11 @@ from rich.table import Table as RichTable
 from tabulate import tabulate
 
 from cat_bench import store
+from cat_bench.columns import faster
 from cat_bench.environment import machine_line
 from cat_bench.errors import UserError
 from cat_bench.measurements import frame
-from cat_bench.tables import Table, details_table, faster, full_table, records_table
+from cat_bench.tables import Table, details_table, full_table, records_table
 
 FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
 

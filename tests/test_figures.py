@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cat_bench import figures, mask, tables
+from cat_bench import figures, mask
+from cat_bench.columns import GIB
 from cat_bench.paper._published import Point
 
 CAPTION = "Figure 0: a test.\nA GPU, bfloat16."
@@ -25,7 +26,7 @@ def rows(device: str = "NVIDIA H200", oom_at: int | None = None) -> pd.DataFrame
                     "latency_s": None if out else seconds,
                     "latency_s_low": seconds * 0.9,
                     "latency_s_high": seconds * 1.1,
-                    "peak_bytes": tables.GIB * seconds,
+                    "peak_bytes": GIB * seconds,
                     "speedup": factor,
                     "speedup_low": factor * 0.9,
                     "speedup_high": factor * 1.1,

@@ -12,6 +12,7 @@ import pytest
 
 from cat_bench import measurements, report, store, tables
 from cat_bench.case import Case, Record
+from cat_bench.columns import EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
 from cat_bench.errors import UserError
 from cat_bench.paper._published import Point
@@ -35,8 +36,8 @@ def timed(key: str, seconds: float, gib: float, spread: float = 0.0, n: int = 5)
     return [
         Record(key, "latency_s", seconds, "s", samples),
         Record(key, "tokens_per_s", 260_096 / seconds, "tokens/s"),
-        Record(key, "peak_reserved_bytes", gib * tables.GIB, "bytes"),
-        Record(key, "state_bytes", gib / 2 * tables.GIB, "bytes"),
+        Record(key, "peak_reserved_bytes", gib * GIB, "bytes"),
+        Record(key, "state_bytes", gib / 2 * GIB, "bytes"),
         Record(key, "floor_s", seconds / 2, "s"),
         Record(key, "case", 60.0, "s"),
     ]
@@ -200,7 +201,7 @@ def test_json_and_csv_hold_si_units(tmp_path) -> None:
 
 
 def test_markdown_golden(tmp_path) -> None:
-    columns = (tables.EFFICIENCY_COLUMNS[0], *tables.EFFICIENCY_COLUMNS[3:6])
+    columns = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
     made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
     lines = normal(report.as_markdown(made))
     assert re.sub("-+", "-", lines.pop(1)) == "|:-|-:|-:|-:|"
@@ -213,7 +214,7 @@ def test_markdown_golden(tmp_path) -> None:
 
 
 def test_latex_golden(tmp_path) -> None:
-    columns = (tables.EFFICIENCY_COLUMNS[0], *tables.EFFICIENCY_COLUMNS[3:6])
+    columns = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
     made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
     assert report.as_latex(made).strip().splitlines() == [
         r"\begin{tabular}{lrrr}",
@@ -357,12 +358,12 @@ def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
     [(0.0123456, "0.0123"), (1.005, "1.00"), (12345.6, "12,346"), (0, "0.00"), (float("nan"), "-")],
 )
 def test_digits(value: float, text: str) -> None:
-    assert tables.digits(value) == text
+    assert digits(value) == text
 
 
 def test_best_needs_a_rival() -> None:
     rows = pd.DataFrame({"label": ["a", "b", "c"], "n": [1.0, 2.0, 5.0], "g": [1, 1, 2]})
-    made = tables.table(rows, [tables.Column("n", ("n",), tables.whole, max)], by=["g"])
+    made = tables.table(rows, [Column("n", ("n",), whole, max)], by=["g"])
     assert list(made.best["n"]) == [False, True, False]
 
 

@@ -8,6 +8,8 @@ import pandas as pd
 
 from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
+from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column
+from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _published, _settings
 from cat_bench.paper._settings import Content
 
@@ -120,7 +122,7 @@ def heading(rows: pd.DataFrame) -> str:
     commits = sorted(set(rows["commit"])) if "commit" in rows else []
     if len(commits) > 1:  # an older row may be of slower code: only ratios inside a run are fair
         text += f" Code of {len(commits)} commits ({', '.join(commits)}): "
-        is_mixed = any(tables.foreign_dense(rows))
+        is_mixed = any(foreign_dense(rows))
         text += f"ratios are inside one run{', where it has Dense' if is_mixed else ''}."
     return text
 
@@ -141,8 +143,8 @@ def ratio_table(
 ) -> tables.Table:
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
     made = tables.table(rows, COLUMNS, ["batch_size", "seq_len"])
-    notes = [*tables.DEFINITIONS, *crossing_notes(rows, axis), *tables.failures(rows)]
-    notes += [*patterns(rows), *tables.foreign_dense(rows)]
+    notes = [*DEFINITIONS, *crossing_notes(rows, axis), *failures(rows)]
+    notes += [*patterns(rows), *foreign_dense(rows)]
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names, scale)
@@ -162,9 +164,9 @@ def _times(ratio: float) -> str:
 
 
 COLUMNS = (
-    *tables.EFFICIENCY_COLUMNS,
-    tables.Column("peak vs Dense", ("memory_ratio",), _times),
-    tables.Column("state vs Dense", ("state_ratio",), _times),
+    *EFFICIENCY_COLUMNS,
+    Column("peak vs Dense", ("memory_ratio",), _times),
+    Column("state vs Dense", ("state_ratio",), _times),
 )
 
 
@@ -236,7 +238,7 @@ def plotted(rows: pd.DataFrame, published: Sequence) -> pd.DataFrame:
             "device_name": figures.PAPER_DEVICE,
             **{name: value for name, value in point.x.items()},
             "latency_s" if point.unit == "s" else "peak_bytes": point.value
-            * (1 if point.unit == "s" else tables.GIB),
+            * (1 if point.unit == "s" else GIB),
         }
         for point in published
         if figures.is_plotted(point)

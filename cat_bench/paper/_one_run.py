@@ -6,7 +6,7 @@ prompt.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd
@@ -143,7 +143,3 @@ def _gaps(
 def number(run: str) -> int:
     """12 of "0012-fig2-h100": the order in which runs were started."""
     return int(run.partition("-")[0])
-
-
-def runs_of(found: Iterable[Best]) -> str:
-    return ", ".join(sorted({one.run for one in found}))

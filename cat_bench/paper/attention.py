@@ -14,6 +14,8 @@ import pandas as pd
 
 from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
+from cat_bench.columns import ATTENTION_COLUMNS, ATTENTION_DEFINITIONS
+from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _lines, _settings
 from cat_bench.paper._settings import Content
 from cat_bench.spec import parse
@@ -114,9 +116,9 @@ def _named(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table(rows: pd.DataFrame, scale: str) -> tables.Table:
-    made = tables.table(rows, tables.ATTENTION_COLUMNS, ["batch_size", "seq_len", "label"])
-    notes = [*tables.ATTENTION_DEFINITIONS, *NOTES, *tables.failures(rows)]
-    notes += tables.foreign_dense(rows)
+    made = tables.table(rows, ATTENTION_COLUMNS, ["batch_size", "seq_len", "label"])
+    notes = [*ATTENTION_DEFINITIONS, *NOTES, *failures(rows)]
+    notes += foreign_dense(rows)
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     return replace(made, title=TITLE, heading=_heading(rows), notes=tuple(notes))
 
@@ -140,5 +142,5 @@ def _caption(rows: pd.DataFrame, scale: str) -> str:
 
 def _plotted(rows: pd.DataFrame) -> pd.DataFrame:
     names = ["status", "device_name", "run", "time_s", "time_s_low", "time_s_high"]
-    keys = [key for column in tables.ATTENTION_COLUMNS for key in column.keys]
+    keys = [key for column in ATTENTION_COLUMNS for key in column.keys]
     return rows.reindex(columns=list(dict.fromkeys([*keys, *names])))

@@ -20,6 +20,16 @@ import pandas as pd
 
 from cat_bench import figures, tables
 from cat_bench.case import Case
+from cat_bench.columns import (
+    GIB,
+    Column,
+    faster,
+    gib,
+    milliseconds,
+    milliseconds_with_interval,
+    whole,
+)
+from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings, fig2, fig3
 from cat_bench.paper._settings import Content
 
@@ -36,10 +46,8 @@ PANELS = (
         "tpot_s", "decode step at this length", "Step (ms)", "", low="tpot_s_low",
         high="tpot_s_high", divisor=1e-3,
     ),
-    figures.Panel("held_bytes", "weights and state", "Held (GiB)", "", divisor=tables.GIB),
-    figures.Panel(
-        "peak_bytes", "peak, prompt in one call", "Peak memory (GiB)", "", divisor=tables.GIB
-    ),
+    figures.Panel("held_bytes", "weights and state", "Held (GiB)", "", divisor=GIB),
+    figures.Panel("peak_bytes", "peak, prompt in one call", "Peak memory (GiB)", "", divisor=GIB),
     figures.Panel("ttft_s", "time to first token", "TTFT (s)", ""),
 )  # fmt: skip
 
@@ -153,10 +161,10 @@ def _winners(
             "length": _lines.tokens(quick.seq_len),
             "prompt": str(quick.prompt_len),
             "fastest": quick.label,
-            "ms/step": tables.milliseconds(quick.value),
+            "ms/step": milliseconds(quick.value),
             "ahead of": _ahead(quick),
             "smallest": small.label if small else "-",
-            "GiB": tables.gib(small.value) if small else "-",
+            "GiB": gib(small.value) if small else "-",
             "smaller than": _ahead(small) if small else "-",
             "of": str(quick.num_compared),
             "run": quick.run,
@@ -177,7 +185,7 @@ def _winners(
         "smallest = least weights + live state while decoding. of = architectures compared.",
         "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
         *_curves.patterns(rows),
-        *tables.failures(rows),
+        *failures(rows),
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)
@@ -241,18 +249,18 @@ def _measured_lines(
 
 
 LINE_COLUMNS = (
-    tables.Column("architecture", ("label",), str),
-    tables.Column("batch", ("batch_size",), tables.whole),
-    tables.Column("length", ("seq_len",), tables.whole),
-    tables.Column(
+    Column("architecture", ("label",), str),
+    Column("batch", ("batch_size",), whole),
+    Column("length", ("seq_len",), whole),
+    Column(
         "ms/step [95 % CI]", ("tpot_s", "tpot_s_low", "tpot_s_high"),
-        tables.milliseconds_with_interval, min,
+        milliseconds_with_interval, min,
     ),
-    tables.Column("vs Dense", ("faster", "faster_low", "faster_high"), tables.faster),
-    tables.Column("TTFT ms", ("ttft_s",), tables.milliseconds, min),
-    tables.Column("weights + state GiB", ("held_bytes",), tables.gib, min),
-    tables.Column("peak GiB", ("peak_bytes",), tables.gib, min),
-    tables.Column("n", ("n",), tables.whole),
+    Column("vs Dense", ("faster", "faster_low", "faster_high"), faster),
+    Column("TTFT ms", ("ttft_s",), milliseconds, min),
+    Column("weights + state GiB", ("held_bytes",), gib, min),
+    Column("peak GiB", ("peak_bytes",), gib, min),
+    Column("n", ("n",), whole),
 )  # fmt: skip
 
 

@@ -6,14 +6,15 @@ Try it: cat-bench paper fig7 --scale smoke
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
 from cat_bench import figures, spec
 from cat_bench.case import Case
+from cat_bench.columns import GIB, digits
 from cat_bench.paper import _curves, _settings
 from cat_bench.paper._settings import Content
-from cat_bench.tables import GIB, digits
 
 TITLE = "Figure 7: latency of BASED over the length"
 SUITES = ("efficiency",)
@@ -65,7 +66,7 @@ def kept_scores(cases: Sequence[Case]) -> str:
 def score_bytes(case: Case) -> int:
     """Bytes of the logits of all new tokens, in the case's dtype."""
     parsed = spec.parse(case.arch)
-    default = spec.describe(parsed.name).fields["vocab_size"].default
-    vocab_size = parsed.overrides.get("vocab_size", default)
+    fields = spec.describe(parsed.name).fields
+    values: dict[str, Any] = {"vocab_size": fields["vocab_size"].default, **parsed.overrides}
     itemsize = int(case.dtype[-2:]) // 8  # "bfloat16", "float32": bits
-    return case.batch_size * case.new_tokens * vocab_size * itemsize
+    return case.batch_size * case.new_tokens * values["vocab_size"] * itemsize

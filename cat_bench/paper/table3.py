@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from cat_bench import figures, tables
+from cat_bench import figures
 from cat_bench.case import Case
+from cat_bench.columns import faster
 from cat_bench.paper import _curves, _settings, _tables
 from cat_bench.paper._settings import Content
 
@@ -49,7 +50,7 @@ def _ours(rows: pd.DataFrame) -> _tables.Ours:
         name, status = row["label"], row["status"]
         found[name, "speedup"] = found[name, "memory_reduction"] = (math.nan, status)
         if status == "ok" and pd.notna(row.get("speedup")):
-            shown = tables.faster(row["speedup"], row["speedup_low"], row["speedup_high"])
+            shown = faster(row["speedup"], row["speedup_low"], row["speedup_high"])
             found[name, "speedup"] = (row["speedup"], shown)
         if status == "ok" and pd.notna(row.get("memory_ratio")):
             ratio = row["memory_ratio"]

@@ -15,9 +15,18 @@ import pandas as pd
 
 from cat_bench import figures, spec, tables
 from cat_bench.case import Case
+from cat_bench.columns import (
+    TRAINING_COLUMNS,
+    TRAINING_DEFINITIONS,
+    Column,
+    digits,
+    gib,
+    percent,
+    whole,
+)
+from cat_bench.notes import disturbances, failures, foreign_dense
 from cat_bench.paper import _curves, _published, _settings
 from cat_bench.paper._settings import Content
-from cat_bench.tables import Column
 
 TITLE = "Training: time, memory and FLOPs of one step"
 SUITES = ("training",)
@@ -77,13 +86,13 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         return Content((_claims_alone(claims),))
     made = tables.table(_with_ratios(rows, claims), COLUMNS, ["seq_len"])
     notes = [
-        tables.TRAINING_DEFINITIONS[0],
-        tables.TRAINING_DEFINITIONS[2],
+        TRAINING_DEFINITIONS[0],
+        TRAINING_DEFINITIONS[2],
         *NOTES,
         *_curves.patterns(rows),
-        *tables.failures(rows),
+        *failures(rows),
     ]
-    notes += [*tables.foreign_dense(rows), *tables.disturbances(rows)]
+    notes += [*foreign_dense(rows), *disturbances(rows)]
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
@@ -121,18 +130,18 @@ def _at_most(ratio: float) -> str:
 
 
 COLUMNS = (
-    *tables.TRAINING_COLUMNS[:5],  # architecture, batch, length, step, tok/s
-    Column("allocated GiB", ("allocated_bytes",), tables.gib, min),
-    Column("TFLOP", ("train_flops",), lambda flops: tables.digits(flops / 1e12)),
-    Column("MFU", ("mfu",), tables.percent, max),
-    Column("% of matmul", ("matmul_flops_ratio",), tables.percent),
+    *TRAINING_COLUMNS[:5],  # architecture, batch, length, step, tok/s
+    Column("allocated GiB", ("allocated_bytes",), gib, min),
+    Column("TFLOP", ("train_flops",), lambda flops: digits(flops / 1e12)),
+    Column("MFU", ("mfu",), percent, max),
+    Column("% of matmul", ("matmul_flops_ratio",), percent),
     Column("time / Dense", ("time_ratio", "time_ratio_low", "time_ratio_high"), _times),
     Column("paper", (CLAIMS[0],), _at_most),
     Column("memory / Dense", ("bytes_ratio",), _times),
     Column("paper (memory)", (CLAIMS[1],), _at_most),
     Column("time / Dense-2D", ("time_2d_ratio", "time_2d_ratio_low", "time_2d_ratio_high"), _times),
     Column("forward path", ("forward_path",), str),
-    tables.TRAINING_COLUMNS[-1],
+    TRAINING_COLUMNS[-1],
 )
 NOTES = (
     "allocated = most bytes in tensors during a step, weights, gradients and AdamW's moments "
@@ -158,7 +167,7 @@ def _claims_alone(claims: dict[tuple[str, int], float]) -> tables.Table:
     )
     columns = (
         Column("architecture", ("label",), str),
-        Column("length", ("seq_len",), tables.whole),
+        Column("length", ("seq_len",), whole),
         Column("time / Dense (paper)", (CLAIMS[0],), _at_most),
         Column("memory / Dense (paper)", (CLAIMS[1],), _at_most),
     )

@@ -15,6 +15,8 @@ import pandas as pd
 
 from cat_bench import figures, tables
 from cat_bench.case import Case
+from cat_bench.columns import Column, faster, gib, milliseconds_with_interval, whole
+from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings
 from cat_bench.paper._settings import Content
 
@@ -73,18 +75,16 @@ def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
 
 
 COLUMNS = (
-    tables.Column("architecture", ("label",), str),
-    tables.Column("prompt", ("prompt_len",), tables.whole),
-    tables.Column(
+    Column("architecture", ("label",), str),
+    Column("prompt", ("prompt_len",), whole),
+    Column(
         "TTFT ms [95 % CI]", ("ttft_s", "ttft_s_low", "ttft_s_high"),
-        tables.milliseconds_with_interval, min,
+        milliseconds_with_interval, min,
     ),
-    tables.Column("vs Dense", ("sooner", "sooner_low", "sooner_high"), tables.faster),
-    tables.Column(
-        "vs Dense-2D", ("sooner_2d", "sooner_2d_low", "sooner_2d_high"), tables.faster
-    ),
-    tables.Column("peak GiB", ("peak_bytes",), tables.gib, min),
-    tables.Column("n", ("n",), tables.whole),
+    Column("vs Dense", ("sooner", "sooner_low", "sooner_high"), faster),
+    Column("vs Dense-2D", ("sooner_2d", "sooner_2d_low", "sooner_2d_high"), faster),
+    Column("peak GiB", ("peak_bytes",), gib, min),
+    Column("n", ("n",), whole),
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def _table(rows: pd.DataFrame, scale: str) -> tables.Table:
         "TTFT = prefill of the prompt and the choice of the first new token, median. vs Dense, "
         "vs Dense-2D = their median / ours, same prompt, same run, 95 % interval.",
         *_curves.patterns(rows),
-        *tables.failures(rows),
+        *failures(rows),
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)

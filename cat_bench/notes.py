@@ -1,0 +1,107 @@
+"""Notes under a table: what failed and why, and what makes its numbers doubtful. No torch.
+
+Everything here is a pure function of measured rows; a note is one line.
+"""
+
+import pandas as pd
+
+from cat_bench import stats
+from cat_bench.columns import TRAINING_PARTS, digits, milliseconds
+from cat_bench.measurements import closed_rows, is_reference, latency_samples
+
+MAX_PARTS_GAP = 0.05  # forward + backward + optimizer against the whole training step
+MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
+
+
+def failures(rows: pd.DataFrame) -> tuple[str, ...]:
+    """One note per case that failed, with the last line of its error, or is unsupported."""
+    bad = rows[rows["status"].isin(["failed", "unsupported"])]
+    return tuple(
+        f"{row['status']}: {_case_name(row)}: "
+        f"{_error_text(row['status'], str(row['error'] or 'no message'))} (case {row['case']})"
+        for _, row in bad.iterrows()
+    )
+
+
+def name_of(row: pd.Series) -> str:
+    """The label, and the implementation where the suite has several of one architecture."""
+    implementation = row.get("implementation")
+    return f"{row['label']} {implementation}" if implementation else row["label"]
+
+
+def _case_name(row: pd.Series) -> str:
+    return f"{name_of(row)}, batch {row['batch_size']}, length {row['seq_len']}"
+
+
+def _error_text(status: str, error: str) -> str:
+    """A traceback's last line names its error; of a sentence for users every line counts."""
+    return " ".join(error.split()) if status == "unsupported" else error.strip().splitlines()[-1]
+
+
+def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note where a ratio had to take Dense from another run of the same device model."""
+    if "dense_run" not in rows:
+        return ()
+    foreign = rows[rows["dense_run"].notna() & (rows["dense_run"] != rows["run"])]
+    pairs = sorted({f"{row.run} against {row.dense_run}" for row in foreign.itertuples()})
+    return tuple(f"warning: ratios to Dense across runs: {pair}." for pair in pairs)
+
+
+def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
+    """What makes numbers doubtful: drift of repeats or of the run, two clocks that disagree."""
+    found = []
+    for _, row in rows.iterrows():
+        name = _case_name(row)
+        samples = latency_samples(row)
+        if len(samples) >= 3 and abs(stats.drift(samples)) > stats.MARGIN:
+            found.append(f"warning: {name}: repeats drift by {100 * stats.drift(samples):+.1f} %.")
+        host, device = row.get("host_latency_s"), row.get("latency_s")
+        if row["device"] == "cuda" and pd.notna(host) and abs(host / device - 1) > MAX_CLOCK_GAP:
+            gap = 100 * (host / device - 1)
+            found.append(f"warning: {name}: host clock differs from CUDA events by {gap:+.1f} %.")
+        gap = row.get("step_sum_difference")
+        if pd.notna(gap):
+            found.append(f"warning: {name}: the instrumented steps add up to {100 * gap:+.1f} %.")
+    return (*found, *disturbances(rows), *_slow_downs(rows), *_reference_drift(records))
+
+
+def disturbances(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A warning per training case whose parts, which are timed apart, do not sum to its step."""
+    if not {"train_step_s", *TRAINING_PARTS} <= set(rows):
+        return ()
+    sums = rows[list(TRAINING_PARTS)].sum(axis=1, min_count=len(TRAINING_PARTS))
+    disturbed = rows[(sums / rows["train_step_s"] - 1).abs() > MAX_PARTS_GAP]
+    return tuple(
+        f"warning: {_case_name(row)}: measured under disturbance: parts sum to "
+        f"{milliseconds(sums[index])} of {milliseconds(row['train_step_s'])} ms."
+        for index, row in disturbed.iterrows()
+    )
+
+
+def _slow_downs(rows: pd.DataFrame) -> list[str]:
+    """Which reasons the GPU gave for lower clocks after how many cases."""
+    notes = []
+    for name in (c for c in rows if c.startswith("slow_down_") and c.endswith("_after")):
+        count = int((rows[name] == 1).sum())
+        reason = name.removeprefix("slow_down_").removesuffix("_after").replace("_", " ")
+        if count:
+            notes.append(f"clocks: {reason} was active at the end of {count} of {len(rows)} cases.")
+    return notes
+
+
+def _reference_drift(records: pd.DataFrame) -> list[str]:
+    """The reference case at the start against the one at the end, per run."""
+    rows = closed_rows(records)
+    rows = rows[rows["settings"].map(is_reference) & (rows["status"] == "ok")]
+    notes = []
+    for run, group in rows.groupby("run", sort=False):
+        if len(group) < 2:
+            continue
+        first, last = (group.sort_values("at")["latency_s"].iloc[i] for i in (0, -1))
+        drift = last / first - 1
+        word = "warning: " if abs(drift) > stats.MARGIN else ""
+        notes.append(
+            f"{word}reference case of {run}: {digits(first)} s first, {digits(last)} s last, "
+            f"drift {100 * drift:+.1f} %."
+        )
+    return notes
