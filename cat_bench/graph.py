@@ -118,13 +118,14 @@ def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
 # own; from two on cuBLAS is as fast (docs/performance.md).
 
 
-def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor) -> Tensor:
-    """W RMSNorm(x). x (rows, d), weight (n, d) -> (rows, n)."""
+def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """W RMSNorm(x). x (rows, d), weight (n, d) -> (rows, n), in `out` where there is one."""
     if len(x) > 1:
-        return F.linear(rms_norm(x, norm), weight)
+        return torch.mm(rms_norm(x, norm), weight.T, out=out)
     from cat_bench import vector_kernels
 
-    return vector_kernels.linear(x, weight, norm)
+    made = vector_kernels.linear(x, weight, norm)
+    return made if out is None else out.copy_(made)
 
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
