@@ -30,7 +30,9 @@ SUITE_FOLDERS = {
     "recall_tasks": PACKAGE.parent / "recall_tasks",
 }
 EXHIBITS = PACKAGE / "paper"
-TINY = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
+TINY = {
+    "num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16, "key_width": 16,
+}  # fmt: skip
 TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 FUNCTION = re.compile(r"\s*(?:async )?def (\w+)")
 NO_DEFAULT = object()  # a field whose default is absent or no literal
