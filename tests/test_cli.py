@@ -240,7 +240,7 @@ def test_a_file_under_two_names_is_one_or_refused(
         (["paper", "fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2,fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2", "--run", "--only", "dens"], ["unknown architecture 'dens'"]),
-        (["paper", "fig2", "--only", "dense"], ["nothing is measured", "Add --run"]),
+        (["paper", "fig2", "--only", "dense"], ["say what is measured; nothing is.", "Add --run"]),
         (["paper", "--scale", "huge"], ["unknown scale 'huge'", "smoke, h100, paper"]),
     ],
 )
