@@ -112,7 +112,7 @@ def parse(text: str) -> Spec:
 
     Raises UserError for an unknown architecture, an unknown key, or a value of the wrong type.
     """
-    name, settings = _split(text)
+    name, (_, settings) = name_of(text), _split(text)
     info, preset = _find(name)
     given = _key_values(text, settings)
     values = dict(preset)
@@ -125,6 +125,12 @@ def parse(text: str) -> Spec:
         values[key] = _read(text, key, value_text, info.fields[key].type)
     differ = {k: v for k, v in sorted(values.items()) if not _same(v, info.fields[k].default)}
     return Spec(info.name, differ, text)
+
+
+def name_of(text: str) -> str:
+    """The name in a spec's text, without its settings: "./mine.py:width=2" -> "mine.py"."""
+    name, _ = _split(text)
+    return str(Path(name)) if name.endswith(".py") else name  # one file has one name
 
 
 def resolve(name: str) -> Source:
