@@ -30,9 +30,9 @@ the convolutions, c chunk, s ring slots, l layers of one kind, v words.
 Try it: cat-bench run efficiency -a gdn-h1 --quick
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,11 @@ from cat_bench.graph import (
     fast_block,
     finish_block,
     norm_linear,
+    packed,
     plain_block,
-    wait_for_weights,
 )
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
+from cat_bench.upstream import read_settings, to_our_names, to_their_names
 from cat_bench.window import (
     check_ring,
     flex_window_attention,
@@ -70,7 +71,11 @@ from cat_bench.window import (
 )
 
 PRESETS = {"gdn": {}, "gdn-h1": {"hybrid": True, "window": 512}}
-REQUIRES = {"cuda_graph": "fla", "upstream": "fla", "upstream_graph": "fla"}
+REQUIRES = {  # every fast step has kernels of ours, so Triton, around the authors'
+    "cuda_graph": ("fla", "triton"),
+    "upstream_graph": ("fla", "triton"),
+    "upstream": ("fla", "triton"),
+}
 UPSTREAM_LACKS = {"hybrid": "fla's attention layer needs flash-attn"}  # for suite upstream
 TINY = {"num_heads": 2, "key_width": 16, "value_width": 32}
 CHUNK = 64  # tokens that forward and prefill read at once: speed only, the results are the same
@@ -80,7 +85,7 @@ CHUNK = 64  # tokens that forward and prefill read at once: speed only, the resu
 class Config:
     width: int = 1024
     num_layers: int = 12
-    num_heads: int = 6  # the paper's rule: heads x 128 = 3/4 width
+    num_heads: int | None = None  # None: heads_by_rule, which is 6 here
     key_width: int = 128
     value_width: int = 256  # expand 2
     conv_width: int = 4
@@ -93,18 +98,35 @@ class Config:
     def __post_init__(self) -> None:
         counts = "width num_layers num_heads key_width value_width conv_width window".split()
         for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        by_rule = heads_by_rule(self.width, self.key_width)
+        if self.num_heads is None and by_rule % 1:
+            raise ValueError(
+                f"width={self.width} has no whole number of heads with key_width={self.key_width}: "
+                f"num_heads x key_width = 3/4 width gives {by_rule:g}. Give num_heads."
+            )
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size must be at least 2, got {self.vocab_size}.")
         if self.hybrid:
             check_width(self.width)
 
     @property
+    def heads(self) -> int:
+        """num_heads, resolved."""
+        if self.num_heads is None:
+            return int(heads_by_rule(self.width, self.key_width))
+        return self.num_heads
+
+    @property
     def label(self) -> str:
+        name, told = "GDN", ("window", "rope_base")  # without effect in GDN
         if self.hybrid:
-            return full_label("GDN-H1", self, told=("hybrid",))
-        return full_label("GDN", self, told=("window", "rope_base"))  # without effect here
+            name, told = "GDN-H1", ("hybrid",)
+        if self.heads == heads_by_rule(self.width, self.key_width):
+            told += ("num_heads",)
+        return full_label(name, self, told)
 
     @property
     def num_sliding_layers(self) -> int:
@@ -116,7 +138,12 @@ class Config:
 
     @property
     def conv_channels(self) -> int:
-        return self.num_heads * (2 * self.key_width + self.value_width)
+        return self.heads * (2 * self.key_width + self.value_width)
+
+
+def heads_by_rule(width: int, key_width: int) -> float:
+    """The paper's: heads x key width = 3/4 width."""
+    return 0.75 * width / key_width
 
 
 class Memory(NamedTuple):
@@ -136,7 +163,7 @@ class State(NamedTuple):
 
 
 class Model(LanguageModel):
-    decode_paths = ("eager", "cuda_graph", "upstream", "upstream_graph")
+    decode_paths = ("eager", "cuda_graph", "upstream_graph", "upstream")
     forward_paths = ("eager", "upstream")
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
@@ -176,7 +203,7 @@ class Model(LanguageModel):
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         c, like = self.config, self.head.weight
-        matrix = (c.num_delta_layers, batch_size, c.num_heads, c.key_width, c.value_width)
+        matrix = (c.num_delta_layers, batch_size, c.heads, c.key_width, c.value_width)
         inputs = (c.num_delta_layers, batch_size, c.conv_width, c.conv_channels)
         slots = min(c.window, max_len)
         ring = (c.num_sliding_layers, batch_size, c.width // HEAD_WIDTH, slots, HEAD_WIDTH)
@@ -268,13 +295,9 @@ class Model(LanguageModel):
         """Memories, which do not depend on the length, and min(window, length) rows per ring."""
         return batch_size * (self._memory_bytes() + self._ring_bytes(seq_len))
 
-    def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
-        """All of it: the table of evaluation_spec.md 4.4, its matrix part at 4 bytes, not at 2."""
-        return self.state_bytes(batch_size, seq_len)
-
     def _memory_bytes(self) -> int:
         c, dtype = self.config, self.head.weight.dtype
-        matrix = c.num_heads * c.key_width * c.value_width * sum_dtype(dtype).itemsize
+        matrix = c.heads * c.key_width * c.value_width * sum_dtype(dtype).itemsize
         return c.num_delta_layers * (matrix + c.conv_width * c.conv_channels * dtype.itemsize)
 
     def _ring_bytes(self, num_tokens: int) -> int:
@@ -287,13 +310,13 @@ class Model(LanguageModel):
         and written, 6 FLOP per element of S; ring rows are read, 4 D FLOP each.
         """
         c = self.config
-        heads = c.num_heads * (2 * c.key_width + 3 * c.value_width + 2)  # q k, v g o, a b
+        heads = c.heads * (2 * c.key_width + 3 * c.value_width + 2)  # q k, v g o, a b
         delta = c.width * heads + c.conv_width * c.conv_channels
         delta += 3 * c.width * swiglu_width(c.width)
         sliding = linear_params(c.width)
         weights = c.num_delta_layers * delta + c.num_sliding_layers * sliding
         weights += c.width * c.vocab_size
-        delta_flops = 6 * c.num_delta_layers * c.num_heads * c.key_width * c.value_width
+        delta_flops = 6 * c.num_delta_layers * c.heads * c.key_width * c.value_width
         ring_flops = c.num_sliding_layers * self._ring_flops(num_tokens)
         return (
             Cost("weights", weights * self.head.weight.itemsize, 2 * batch_size * weights),
@@ -354,12 +377,12 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        keys, values = c.num_heads * c.key_width, c.num_heads * c.value_width
+        keys, values = c.heads * c.key_width, c.heads * c.value_width
         self.q_proj = nn.Linear(c.width, keys, bias=False)
         self.k_proj = nn.Linear(c.width, keys, bias=False)
         self.v_proj = nn.Linear(c.width, values, bias=False)
-        self.a_proj = nn.Linear(c.width, c.num_heads, bias=False)  # decay
-        self.b_proj = nn.Linear(c.width, c.num_heads, bias=False)  # strength of the correction
+        self.a_proj = nn.Linear(c.width, c.heads, bias=False)  # decay
+        self.b_proj = nn.Linear(c.width, c.heads, bias=False)  # strength of the correction
         self.g_proj = nn.Linear(c.width, values, bias=False)  # output gate
         self.o_proj = nn.Linear(values, c.width, bias=False)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (
@@ -367,8 +390,8 @@ class GatedDeltaNet(nn.Module):
             for size in (keys, keys, values)
         )
         self.o_norm = nn.RMSNorm(c.value_width, eps=c.norm_eps)  # one weight for all heads
-        self.A_log = nn.Parameter(torch.empty(c.num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(c.num_heads))
+        self.A_log = nn.Parameter(torch.empty(c.heads))
+        self.dt_bias = nn.Parameter(torch.empty(c.heads))
         self.init_gates()
 
     @torch.no_grad()
@@ -384,7 +407,7 @@ class GatedDeltaNet(nn.Module):
 
     def empty(self, batch_size: int) -> Memory:
         c, like = self.config, self.o_proj.weight
-        matrix = (batch_size, c.num_heads, c.key_width, c.value_width)
+        matrix = (batch_size, c.heads, c.key_width, c.value_width)
         return Memory(
             like.new_zeros(matrix, dtype=sum_dtype(like.dtype)),
             like.new_zeros(batch_size, c.conv_width, c.conv_channels),
@@ -418,7 +441,7 @@ class GatedDeltaNet(nn.Module):
         rule = recurrent_delta_rule if new.shape[1] == 1 else chunked_delta_rule
         o, matrix = rule(q, k, v, log_decay, beta, memory.matrix)  # (b, h, t, e)
         o = F.rms_norm(o, o.shape[-1:], self.o_norm.weight.to(o.dtype), self.o_norm.eps)
-        gate = gate.unflatten(-1, (c.num_heads, -1)).to(o.dtype)  # (b, t, h, e)
+        gate = gate.unflatten(-1, (c.heads, -1)).to(o.dtype)  # (b, t, h, e)
         return (o.transpose(1, 2) * F.silu(gate)).flatten(2).to(dtype), Memory(matrix, inputs)
 
     def convolved(self, new: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -429,9 +452,9 @@ class GatedDeltaNet(nn.Module):
         seen = torch.cat([inputs, new], dim=1)  # (b, conv_width + t, n)
         kernel = torch.cat(self.kernels())  # (n, 1, conv_width), newest last
         out = F.silu(F.conv1d(seen[:, 1:].transpose(1, 2), kernel, groups=len(kernel)))  # (b, n, t)
-        keys = c.num_heads * c.key_width
-        parts = out.to(sum_dtype(new.dtype)).split([keys, keys, c.num_heads * c.value_width], 1)
-        q, k, v = (part.unflatten(1, (c.num_heads, -1)).transpose(2, 3) for part in parts)
+        keys = c.heads * c.key_width
+        parts = out.to(sum_dtype(new.dtype)).split([keys, keys, c.heads * c.value_width], 1)
+        q, k, v = (part.unflatten(1, (c.heads, -1)).transpose(2, 3) for part in parts)
         return q, k, v, seen[:, -c.conv_width :]
 
     def kernels(self) -> list[nn.Parameter]:
@@ -457,9 +480,9 @@ class GatedDeltaNet(nn.Module):
         past = None if memory is None else memory.inputs.mT.contiguous()  # (b, n, conv_width)
         kernel = torch.cat(self.kernels())[:, 0]
         qkv, _ = causal_conv1d(new, kernel, initial_state=past, activation="silu")
-        keys = c.num_heads * c.key_width
-        parts = qkv.split([keys, keys, c.num_heads * c.value_width], dim=-1)
-        q, k, v = (part.unflatten(-1, (c.num_heads, -1)) for part in parts)  # (b, t, h, p or e)
+        keys = c.heads * c.key_width
+        parts = qkv.split([keys, keys, c.heads * c.value_width], dim=-1)
+        q, k, v = (part.unflatten(-1, (c.heads, -1)) for part in parts)  # (b, t, h, p or e)
         short = memory is not None and new.shape[1] < CHUNK
         rule = fused_recurrent_gated_delta_rule if short else chunk_gated_delta_rule
         o, matrix = rule(
@@ -468,7 +491,7 @@ class GatedDeltaNet(nn.Module):
             output_final_state=memory is not None,
             use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
-        gate = gate.unflatten(-1, (c.num_heads, -1))
+        gate = gate.unflatten(-1, (c.heads, -1))
         o = rms_norm_gated(o, gate, self.o_norm.weight, None, eps=self.o_norm.eps).flatten(2)
         if memory is None:
             return o, None
@@ -561,7 +584,7 @@ def fast_projections(block: DeltaBlock, x: Tensor) -> list[Tensor]:
     mixer, c = block.mixer, block.mixer.config
     names = "qkvgab"  # a and b last, for the alignment of the others
     weight = packed([getattr(mixer, f"{name}_proj").weight for name in names])
-    n, values, heads = c.conv_channels, c.num_heads * c.value_width, c.num_heads
+    n, values, heads = c.conv_channels, c.heads * c.value_width, c.heads
     sizes = [n, values, heads, heads, len(weight) - n - values - 2 * heads]
     *parts, _ = norm_linear(x, block.attn_norm, weight).split(sizes, dim=-1)
     return parts
@@ -589,7 +612,7 @@ def upstream_rule(
     from fla.modules.fused_norm_gate import rms_norm_gated
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
-    heads, keys = mixer.config.num_heads, mixer.config.num_heads * mixer.config.key_width
+    heads, keys = mixer.config.heads, mixer.config.heads * mixer.config.key_width
     parts = qkv[:, None].split([keys, keys, qkv.shape[1] - 2 * keys], dim=-1)
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in parts)  # (b, 1, h, p or e)
     o, new = fused_recurrent_gated_delta_rule(
@@ -602,83 +625,115 @@ def upstream_rule(
     return rms_norm_gated(o, gate, mixer.o_norm.weight, None, eps=mixer.o_norm.eps).flatten(1)
 
 
-def packed(weights: Sequence[nn.Parameter]) -> Tensor:
-    """The weights under each other in one tensor, then zero rows up to a multiple of 16.
-
-    On first use they become views of one buffer; their values, names and shapes stay. The zeros
-    keep every row of the product aligned to 16 bytes, which the fast matmuls ask for.
-    """
-    first, at, in_place = weights[0], weights[0].data_ptr(), True
-    for weight in weights:
-        same_buffer = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        in_place = in_place and same_buffer and weight.data_ptr() == at
-        at += weight.nbytes
-    num_rows = sum(len(weight) for weight in weights)
-    num_zeros = -num_rows % 16
-    if not in_place:
-        with torch.inference_mode(False):  # the weights stay ordinary tensors, fit for training
-            zeros = first.detach().new_zeros(num_zeros, *first.shape[1:])
-            buffer = torch.cat([*(weight.detach() for weight in weights), zeros])
-            parts = buffer.split([*(len(weight) for weight in weights), num_zeros])
-            for weight, part in zip(weights, parts, strict=False):  # the last part is the zeros
-                weight.data = part
-        wait_for_weights(buffer)
-    return first.detach().as_strided((num_rows + num_zeros, *first.shape[1:]), first.stride())
-
-
 # --- flash-linear-attention's own model ----------------------------------------------------------
 
-TOP = {"embed": "model.embeddings", "norm": "model.norm", "head": "lm_head"}
-INSIDE = {  # a layer; ours: fla's
+NAMES = {  # ours: GatedDeltaNetForCausalLM's
+    "embed.": "model.embeddings.",
     "blocks.": "model.layers.",
+    "norm.": "model.norm.",
+    "head.": "lm_head.",
+}
+INSIDE = {  # a layer
     ".mixer.": ".attn.",
     ".w1.": ".mlp.gate_proj.",
     ".w3.": ".mlp.up_proj.",
     ".w2.": ".mlp.down_proj.",
 }
+SETTINGS = {  # ours: of GatedDeltaNetConfig (fla 0.6.0), and the default there
+    "width": ("hidden_size", None),
+    "num_layers": ("num_hidden_layers", None),
+    "num_heads": ("num_heads", 6),
+    "key_width": ("head_dim", 256),
+    "conv_width": ("conv_size", 4),
+    "vocab_size": ("vocab_size", 32_000),
+    "norm_eps": ("norm_eps", 1e-6),
+}
+ATTENTION_SETTINGS = {"window": ("window_size", None), "rope_base": ("rope_theta", 10_000.0)}
+BUILT_IN = {
+    "model_type": ("gated_deltanet",),
+    "allow_neg_eigval": (False,),
+    "output_gate_activation": ("swish", "silu"),
+    "hidden_act": ("swish",),
+}
+NOT_IN_SHAPES = ("norm_eps", "allow_neg_eigval", "output_gate_activation", "hidden_act", "attn")
 
 
 def to_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of Model under the names of fla's GatedDeltaNetForCausalLM; the same memory."""
     theirs = {}
-    for name, weight in state_dict.items():
-        top, kind = name.removesuffix(".weight"), name.split(".", 2)[-1]
-        if top in TOP:
-            theirs[f"{TOP[top]}.weight"] = weight
-        elif kind == "qkv.weight":
-            layer = _renamed(name.removesuffix(kind), INSIDE)
+    for name, weight in to_their_names(state_dict, NAMES).items():
+        layer, is_qkv, _ = name.partition("qkv.weight")
+        if is_qkv:
             for part, rows in zip("qkv", weight.chunk(3), strict=True):
                 theirs[f"{layer}attn.{part}_proj.weight"] = rows
         else:
-            name = name.replace(".attn_out.", ".attn.o_proj.")
-            theirs[_renamed(name, INSIDE)] = weight
+            theirs[_renamed(name, INSIDE | {".attn_out.": ".attn.o_proj."})] = weight
     return theirs
 
 
 def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of fla's GatedDeltaNetForCausalLM under the names of Model, for load_state_dict."""
     ours, back = {}, {new: old for old, new in INSIDE.items()}
-    top = {f"{new}.weight": f"{old}.weight" for old, new in TOP.items()}
     for name, weight in state_dict.items():
         layer, _, part = name.partition(".attn.")
-        if name in top:
-            ours[top[name]] = weight
-        elif not part or f"{layer}.attn.A_log" in state_dict:
+        if not part or f"{layer}.attn.A_log" in state_dict:
             ours[_renamed(name, back)] = weight
         elif part == "o_proj.weight":
-            ours[_renamed(f"{layer}.attn_out.weight", back)] = weight
+            ours[f"{layer}.attn_out.weight"] = weight
         elif part == "q_proj.weight":
             rows = [state_dict[f"{layer}.attn.{x}_proj.weight"] for x in "qkv"]
-            ours[_renamed(f"{layer}.qkv.weight", back)] = torch.cat(rows)
+            ours[f"{layer}.qkv.weight"] = torch.cat(rows)
         elif part not in ("k_proj.weight", "v_proj.weight"):  # those two came with q_proj
-            ours[name] = weight  # ours has no such weight: the loader refuses it by this name
-    return ours
+            raise ValueError(f"our sliding-window layers have no weight like '{name}'")
+    return to_our_names(ours, NAMES)
 
 
 def _renamed(name: str, parts: Mapping[str, str]) -> str:
     for old, new in parts.items():
         name = name.replace(old, new)
     return name
+
+
+def settings_from_upstream(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our settings by a config.json of fla. Raises ValueError where ours has no such model.
+
+    What leaves a trace in names and shapes is not looked at: value heads, biases, the MLP's width.
+    """
+    found = read_settings(theirs, SETTINGS, BUILT_IN)
+    found["value_width"] = int(found["key_width"] * theirs.get("expand_v", 2.0))
+    if found["num_heads"] == heads_by_rule(found["width"], found["key_width"]):
+        found["num_heads"] = None  # so that a spec need not name them
+    if not theirs.get("attn"):
+        return found | {"hybrid": False}
+    kinds = theirs["attn"] if isinstance(theirs["attn"], list) else [theirs["attn"]]
+    if len(kinds) > 1:
+        raise ValueError(f"it has {len(kinds)} kinds of layers in attn, but ours has one")
+    layers = list(range(1, found["num_layers"], 2))
+    built_in = {"layers": (layers,), "num_heads": (found["width"] // HEAD_WIDTH,)}
+    return found | {"hybrid": True} | read_settings(kinds[0], ATTENTION_SETTINGS, built_in)
+
+
+def upstream_config(config: Config) -> dict[str, Any]:
+    """The config.json of fla's model of ours; no token is special in it, none ends a text."""
+    c = config
+    theirs = {name: values[0] for name, values in BUILT_IN.items()}
+    theirs |= {name: getattr(c, ours) for ours, (name, _) in SETTINGS.items()}
+    if c.hybrid:
+        theirs["attn"] = {
+            "layers": list(range(1, c.num_layers, 2)),
+            "num_heads": c.width // HEAD_WIDTH,
+            "window_size": c.window,
+            "rope_theta": c.rope_base,
+        }
+    return theirs | {
+        "architectures": ["GatedDeltaNetForCausalLM"],
+        "num_heads": c.heads,
+        "expand_v": c.value_width / c.key_width,
+        "intermediate_size": swiglu_width(c.width),
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
 
 
 def upstream_model(model: Model) -> nn.Module:
@@ -691,19 +746,7 @@ def upstream_model(model: Model) -> nn.Module:
         )
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
-    config = GatedDeltaNetConfig(
-        hidden_size=c.width,
-        num_hidden_layers=c.num_layers,
-        num_heads=c.num_heads,
-        head_dim=c.key_width,
-        expand_v=c.value_width / c.key_width,
-        conv_size=c.conv_width,
-        intermediate_size=swiglu_width(c.width),
-        norm_eps=c.norm_eps,
-        vocab_size=c.vocab_size,
-        bos_token_id=None,
-        eos_token_id=None,  # so that no token ends a text
-    )
+    config = GatedDeltaNetConfig(**upstream_config(c))
     upstream = GatedDeltaNetForCausalLM(config).to(like.device, like.dtype).eval()
     upstream.load_state_dict(to_upstream(model.state_dict()))
     return upstream

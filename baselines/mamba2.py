@@ -33,9 +33,9 @@ Try it: cat-bench run efficiency -a mamba2 --quick
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from cat_bench.blocks import sum_dtype
 from cat_bench.errors import UserError
 from cat_bench.graph import CapturedStep, add_linear_, norm_linear, rms_norm
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
-from cat_bench.upstream import import_mamba_ssm
+from cat_bench.upstream import import_mamba_ssm, read_settings, to_our_names, to_their_names
 
 PRESETS = {
     "mamba2-16": {"d_state": 16},
@@ -54,10 +54,10 @@ PRESETS = {
     "mamba2-64": {"d_state": 64},
     "mamba2-wikitext": {"width": 768, "num_layers": 12, "vocab_size": 32_000},  # paper C.1, E.4
 }
-REQUIRES = {
-    "cuda_graph": "mamba_ssm",
-    "upstream_graph": "mamba_ssm",
-    "upstream": "mamba_ssm",
+REQUIRES = {  # every fast step has kernels of ours, so Triton, around the authors'
+    "cuda_graph": ("mamba_ssm", "triton"),
+    "upstream_graph": ("mamba_ssm", "triton"),
+    "upstream": ("mamba_ssm", "triton"),
     "forward upstream": ("mamba_ssm", "causal_conv1d"),
 }
 UPSTREAM_LACKS = {"norm_eps": "mamba-ssm's model has 1e-5 built in"}  # for suite upstream
@@ -74,13 +74,6 @@ LEAST = {"vocab_size": 2} | dict.fromkeys(
 
 Layer = tuple[Tensor, Tensor, Tensor]  # its output and the new state: columns, matrix
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-UPSTREAM_NAMES = {  # ours: mamba-ssm's MambaLMHeadModel; inside a mixer the names are the same
-    "embed.": "backbone.embedding.",
-    "blocks.": "backbone.layers.",
-    "norm.": "backbone.norm_f.",
-    "head.": "lm_head.",
-}
 
 
 @dataclass(frozen=True)
@@ -169,14 +162,16 @@ class Model(LanguageModel):
         if self.decode_path == "eager":
             return None
         import_mamba_ssm()
-        step = fused_step if self.decode_path == "cuda_graph" else upstream_step
-        rates = [decay_rates(block.mixer).detach() for block in self.blocks]
+        step, layers = fused_step, [self.blocks, columns, matrices]
+        if self.decode_path != "cuda_graph":
+            step = upstream_step
+            layers.append([decay_rates(block.mixer).detach() for block in self.blocks])
 
         @torch.no_grad()
         def run(token: Tensor, row: Tensor | int) -> Tensor:
             x = self.embed(token)  # (b, d)
-            for block, *memory in zip(self.blocks, rates, columns, matrices, strict=True):
-                x = step(block, x, *memory)
+            for block, *parts in zip(*layers, strict=True):
+                x = step(block, x, *parts)
             return norm_linear(x, self.norm, self.head.weight)
 
         if self.decode_path == "upstream":
@@ -454,7 +449,7 @@ def upstream_read(block: Block, x: Tensor, columns: Tensor, matrix: Tensor) -> T
     return rows.addmm_(y, mixer.out_proj.weight.T).view_as(x)  # the residual rides in the matmul
 
 
-def fused_step(block: Block, x: Tensor, _: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:
+def fused_step(block: Block, x: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:
     """A block for one token on this project's kernels: x (b, d) is changed in place and returned,
     as are columns and matrix.
     """
@@ -469,9 +464,9 @@ def fused_step(block: Block, x: Tensor, _: Tensor, columns: Tensor, matrix: Tens
 
 
 def upstream_step(
-    block: Block, x: Tensor, rates: Tensor, columns: Tensor, matrix: Tensor
+    block: Block, x: Tensor, columns: Tensor, matrix: Tensor, rates: Tensor
 ) -> Tensor:
-    """A block for one token: x (b, d) is changed in place and returned, as are columns and matrix.
+    """The same on the authors' kernel, with A = `rates` (h,).
 
     The views of stride 0 tell the authors' kernel that one decay serves a whole head.
     """
@@ -515,64 +510,88 @@ def decay_rates(mixer: Mixer) -> Tensor:
 
 # --- mamba-ssm's whole model ---------------------------------------------------------------------
 
+NAMES = {  # ours: MambaLMHeadModel's; inside a mixer the names are the same
+    "embed.": "backbone.embedding.",
+    "blocks.": "backbone.layers.",
+    "norm.": "backbone.norm_f.",
+    "head.": "lm_head.",
+}
+SETTINGS = {  # ours: of MambaConfig or its ssm_cfg (mamba-ssm 2.3.2), and the default there
+    "width": ("d_model", None),
+    "num_layers": ("n_layer", None),
+    "d_state": ("d_state", 128),
+    "conv_width": ("d_conv", 4),
+    "expand": ("expand", 2),
+    "headdim": ("headdim", 64),
+}
+BUILT_IN = {
+    "layer": ("Mamba2",),
+    "ngroups": (1,),
+    "norm_before_gate": (False,),
+    "dt_limit": ([0.0, math.inf],),
+}
+NOT_IN_SHAPES = ("d_state", "ngroups", "norm_before_gate", "dt_limit")
+NORM_EPS = 1e-5  # of all their norms, which is no setting
 
-def from_upstream(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+
+def from_upstream(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state_dict of a MambaLMHeadModel's with Mamba2 layers; the tensors are shared.
 
-    A head tied to the embedding may be missing there; ours becomes a copy. The tables keep their
-    rows, padding included: vocab_size is their number.
+    The tables keep their rows, padding included: vocab_size is their number.
     """
-    names = {theirs: ours for ours, theirs in UPSTREAM_NAMES.items()}
-    found = _renamed(weights, names)
-    if "head.weight" not in found:
-        found["head.weight"] = found["embed.weight"].clone()
-    return found
+    return to_our_names(weights, NAMES)
 
 
-def to_upstream(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_upstream(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of an untied MambaLMHeadModel with our weights; the tensors are shared."""
-    return _renamed(weights, UPSTREAM_NAMES)
+    return to_their_names(weights, NAMES)
 
 
-def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    found = {}
-    for name, value in weights.items():
-        old = next((old for old in names if name.startswith(old)), None)
-        if old is None:
-            raise ValueError(
-                f"no weight of a Mamba-2 model is called '{name}'; "
-                f"expected a name that begins with one of {', '.join(names)}"
-            )
-        found[names[old] + name.removeprefix(old)] = value
-    return found
+def settings_from_upstream(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our settings by a config.json of mamba-ssm. Raises ValueError where ours has no such model.
+
+    What leaves a trace in names and shapes is not looked at: an MLP, attention layers, biases.
+    """
+    flat: dict[str, Any] = {"layer": "Mamba1"} | theirs | (theirs.get("ssm_cfg") or {})
+    multiple = flat.get("pad_vocab_size_multiple", 8)
+    words = math.ceil(flat.get("vocab_size", 50_277) / multiple) * multiple
+    return read_settings(flat, SETTINGS, BUILT_IN) | {"vocab_size": words, "norm_eps": NORM_EPS}
+
+
+def upstream_config(config: Config) -> dict[str, Any]:
+    """The fields of the MambaConfig of our model. ValueError where mamba-ssm has no such model.
+
+    They are its fastest: kernels that fuse residual and norm, float32 residuals.
+    """
+    c = config
+    if c.norm_eps != NORM_EPS:
+        raise ValueError(f"mamba-ssm's model has norm_eps {NORM_EPS} built in, got {c.norm_eps}.")
+    layer = {"layer": "Mamba2", "d_state": c.d_state, "d_conv": c.conv_width}
+    return {
+        "d_model": c.width,
+        "n_layer": c.num_layers,
+        "vocab_size": c.vocab_size,
+        "ssm_cfg": layer | {"expand": c.expand, "headdim": c.headdim},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,
+        "tie_embeddings": False,
+    }
 
 
 def upstream_generate(model: Model) -> Callable[[Tensor, int], Tensor]:
     """mamba-ssm's own model and decoding loop on our weights: (prompt (b, p), seq_len) -> (b,
     seq_len) tokens, greedy, its step a CUDA graph. What our loop is measured against.
 
-    Its settings are its fastest: kernels that fuse residual and norm, float32 residuals. S is
-    stored as our model stores it, so that both loops move the same bytes.
+    S is stored as our model stores it, so that both loops move the same bytes.
     """
-    import_mamba_ssm(with_conv1d=True)
+    import_mamba_ssm(with_conv1d=True, with_transformers=True)
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
     c, like = model.config, model.head.weight
-    if c.norm_eps != 1e-5:
-        raise ValueError(f"mamba-ssm's model has norm_eps 1e-5 built in, got {c.norm_eps}.")
-    layer = {"layer": "Mamba2", "d_state": c.d_state, "d_conv": c.conv_width}
-    config = MambaConfig(
-        d_model=c.width,
-        n_layer=c.num_layers,
-        vocab_size=c.vocab_size,
-        ssm_cfg=layer | {"expand": c.expand, "headdim": c.headdim},
-        rms_norm=True,
-        residual_in_fp32=True,
-        fused_add_norm=True,
-        pad_vocab_size_multiple=1,
-        tie_embeddings=False,
-    )
+    config = MambaConfig(**upstream_config(c))
     theirs = MambaLMHeadModel(config, device="meta", dtype=like.dtype).eval()
     theirs.load_state_dict(to_upstream(model.state_dict()), assign=True)  # shared, not copied
     if c.state_dtype == "float32":

@@ -6,13 +6,14 @@ v vocabulary, k chunks, c chunk size, l layers.
 An architecture is a file that exports `Config` (frozen dataclass; its defaults are the paper's) and
 `Model(config, decode_path="eager")`; where it has several ways to run `forward`, a third argument
 `forward_path="eager"`. CAT lives in cat_bench/cat.py, all others in baselines/, a user's own
-anywhere (`--arch path/to/mine.py:width=512`).
+anywhere (`--arch path/to/mine.py:width=512`); what it imports may lie beside it.
 """
 
-import importlib
-import importlib.util
-import sys
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cat_bench.errors import UserError
-from cat_bench.packages import install_command
-from cat_bench.spec import Source, Spec, resolve
+from cat_bench.spec import Spec, resolve
+from cat_bench.user_code import explained, import_file, running
 
 Tokens = Int[Tensor, "b t"]
 Token = Int[Tensor, "b"]
@@ -30,6 +31,8 @@ Logits = Float[Tensor, "b t v"]
 NextLogits = Float[Tensor, "b v"]
 State = Any  # a NamedTuple, private to its file
 
+POSITIVE = ("norm_eps", "rope_base")  # settings that mean the same in every Config that has them
+IMPORTING = "importing it"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -133,57 +136,45 @@ def generation_flops(model: Architecture, batch_size: int, seq_len: int) -> floa
 
 def load_module(spec: Spec) -> ModuleType:
     """Import the architecture's file. Raises UserError where it cannot be imported, or lacks Config
-    or Model.
+    or Model with decode_paths.
     """
     source = resolve(spec.name)
     try:
-        module = importlib.import_module(source.module) if source.module else _user_module(source)
-    except ImportError as error:
-        raise _missing_import(source, error) from error
-    except SyntaxError as error:  # also of a file that this one imports
-        where = f"{error.filename}, line {error.lineno}"
-        raise UserError(
-            f"{source.path} is not valid Python: {error.msg} ({where}).", "Repair the file."
-        ) from error
+        with running(source, IMPORTING):
+            module = import_module(source.module) if source.module else import_file(source.path)
+    except (ImportError, SyntaxError) as error:  # of a file of ours: a package may be missing
+        raise explained(source, IMPORTING, error) from error
     for export in ("Config", "Model"):
         if not hasattr(module, export):
             raise UserError(
                 f"{source.path} exports no {export}; an architecture exports Config and Model.",
                 "baselines/dense.py is the example to follow.",
             )
-    return module
-
-
-def _user_module(source: Source) -> ModuleType:
-    name = f"cat_bench_user_{source.path.stem}"
-    import_spec = importlib.util.spec_from_file_location(name, source.path)
-    module = importlib.util.module_from_spec(import_spec)
-    sys.modules[name] = module  # dataclasses and pickling of types look it up here
-    import_spec.loader.exec_module(module)
-    return module
-
-
-def _missing_import(source: Source, error: ImportError) -> UserError:
-    """One sentence: the file, what it imports in vain, and how that is installed."""
-    package = (error.name or "").partition(".")[0]
-    if not package or importlib.util.find_spec(package):
-        return UserError(
-            f"{source.path} cannot be imported: {error}.",
-            "The package is there, but has no such name: look at its version.",
+    paths = getattr(module.Model, "decode_paths", None)
+    if not isinstance(paths, tuple | list):
+        raise UserError(
+            f"{source.path}: Model.decode_paths must be a tuple of names, got {paths!r}.",
+            'Write into the class: decode_paths = ("eager",)',
         )
-    return UserError(
-        f"{source.path} imports the package {package}, which is not installed.",
-        f"It must be installed: {install_command(package)}",
-    )
+    return module
 
 
 def make_config(spec: Spec) -> Any:
     """The resolved Config. Raises UserError with the Config's reason where values do not fit."""
-    module = load_module(spec)
-    try:
-        return module.Config(**spec.overrides)
-    except ValueError as error:
-        raise UserError(f"{spec.text}: {error}") from error
+    return _config(load_module(spec), spec)
+
+
+def _config(module: ModuleType, spec: Spec) -> Any:
+    with running(resolve(spec.name), "making its Config"):
+        try:
+            config = module.Config(**spec.overrides)
+        except ValueError as error:  # how a Config says that values do not fit
+            raise UserError(f"{spec.text}: {error}") from error
+    for name in POSITIVE:
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise UserError(f"{spec.text}: {name} must be a positive number, got {value}.")
+    return config
 
 
 def build(
@@ -196,9 +187,11 @@ def build(
 ) -> Architecture:
     """A model with random weights, made directly on `device` ("meta" allocates nothing).
 
-    Raises UserError for an unknown name, key or value and for a path that it lacks.
+    Raises UserError for an unknown name, key or value, for a path that it lacks, for sizes that no
+    tensor can have, and for whatever a user's own file raises.
     """
-    module, config = load_module(spec), make_config(spec)
+    module = load_module(spec)
+    config = _config(module, spec)
     if decode_path not in module.Model.decode_paths:
         have = ", ".join(module.Model.decode_paths)
         raise UserError(f"{spec.text} has no decode path '{decode_path}'; it has: {have}.")
@@ -216,8 +209,23 @@ def build(
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
-        with torch.device(device):
+        with running(resolve(spec.name), "building its Model"), _countable(spec):
             chosen = {} if forward_path == "eager" else {"forward_path": forward_path}
-            return module.Model(config, decode_path, **chosen).eval()
+            with torch.device(device):
+                return module.Model(config, decode_path, **chosen).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _countable(spec: Spec) -> Iterator[None]:
+    """Raises UserError where torch cannot count the bytes of a tensor in 64 bits."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:  # torch raises either, and no type of its own
+        if "overflow" not in str(error).lower():
+            raise
+        raise UserError(
+            f"{spec.text}: a tensor of this model would have more bytes than 64 bits can count.",
+            "Choose smaller sizes.",
+        ) from error

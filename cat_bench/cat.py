@@ -463,10 +463,12 @@ class Model(ForwardPath):
             logits = step(token, torch.from_numpy(lengths))
         return logits, state._replace(lengths=lengths)
 
-    def _step_rows(self, token, row, state: State, rope: Rope, kind: str, run_block) -> Tensor:
+    def _step_rows(
+        self, token, row, state: State, rope: Rope, kind: str, run_block, out: Tensor | None = None
+    ) -> Tensor:
         """The step without host values: each sequence has its own row (b,), r = i C + j.
 
-        kind: "inner" no chunk closes, "boundary" all do, "ragged" some may.
+        kind: "inner" no chunk closes, "boundary" all do, "ragged" some may. `out`: for the logits.
         """
         c, eager = self.config, run_block is block_step_reference
         places = chunk_rows_reference if eager else chunk_rows
@@ -484,7 +486,7 @@ class Model(ForwardPath):
             x = run_block(block, x, keys, values, rows, rope)
         if eager:
             return self.decoder.head(self.decoder.norm(x))
-        return norm_linear(x, self.decoder.norm, self.decoder.head.weight)
+        return norm_linear(x, self.decoder.norm, self.decoder.head.weight, out)
 
     def _capture(self, state: State, kind: str) -> None:
         size, device = self.config.chunk_size, state.keys.device
@@ -492,8 +494,9 @@ class Model(ForwardPath):
         rope = rope_table(ids, self.config.rope_base)
         first = next(iter(state.captured.values()), None)
         buffers = state._replace(captured={})  # no cycle: a dropped state frees its memory at once
+        logits = first.logits if first else None  # one buffer for all graphs
         state.captured[kind] = CapturedStep(
-            lambda token, row: self._step_rows(token, row, buffers, rope, kind, block_step),
+            lambda token, row: self._step_rows(token, row, buffers, rope, kind, block_step, logits),
             batch_size=len(state.open_tokens),
             device=device,
             first_row=size if kind == "boundary" else 1,

@@ -145,19 +145,24 @@ def read_config(folder: Path) -> tuple[Spec, Any]:
 
 def _read_config(folder: Path) -> dict:
     path = folder / CONFIG
-    try:
-        meaning = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
-        raise UserError(
-            f"{path} cannot be read ({error}); a checkpoint holds {WEIGHTS} and {CONFIG}.",
-            "A bare tensor file does not say its RoPE rule: write a config.json beside it.",
-        ) from error
-    if not isinstance(meaning, dict):
-        raise UserError(f"{path} holds {type(meaning).__name__}, expected an object.")
+    meaning = read_object(
+        path, "Tensors alone do not tell every setting: give a folder that cat-bench wrote."
+    )
     missing = {"architecture", "layout_version", "config"} - set(meaning)
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
     return meaning
+
+
+def read_object(path: Path, hint: str = "") -> dict[str, Any]:
+    """What a JSON file holds. Raises UserError, with `hint`, where that is no object."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
+        raise UserError(f"{path} cannot be read: {error}.", hint) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {type(found).__name__}, expected an object.", hint)
+    return found
 
 
 def _strict_config(folder: Path, config_class: type, values: dict):
@@ -170,7 +175,7 @@ def _strict_config(folder: Path, config_class: type, values: dict):
         parts += [f"has unknown {sorted(unknown)}"] if unknown else []
         raise UserError(
             f"the config of {folder} {' and '.join(parts)}; every field must be there.",
-            "A default is no substitute: the wrong RoPE rule, say, gives wrong logits silently.",
+            "A default is no substitute: a wrong setting gives wrong logits silently.",
         )
     try:
         return config_class(**values)

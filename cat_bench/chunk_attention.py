@@ -29,6 +29,7 @@ from cat_bench.blocks import attention
 
 IMPLEMENTATIONS = ("eager", "two_part", "fused")
 MAX_FUSED_CHUNK = 128  # rows; a chunk must fit into one tile of the kernels
+MAX_TILE_ROWS = 128  # rows of a tile; those of a tile of summaries lie a chunk apart
 FUSED_HEAD_WIDTHS = (16, 32, 64, 128)
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,17 +49,19 @@ def chunk_attention(
     three inputs. Under autocast the inputs are cast as those of PyTorch's own attention are.
 
     "eager"     a (t, t) mask: the specification. Any device and dtype.
-    "two_part"  own chunk and earlier summaries apart, merged: t / C as much work and memory for
-                long t, in plain PyTorch. Any device and dtype.
-    "fused"     one Triton kernel forward, two backward, float32 sums: CUDA; float32, bfloat16 or
-                float16; chunk_size up to 128; e one of 16, 32, 64, 128. Opaque to torch.compile,
-                which may wrap it (fullgraph). Once differentiable.
+    "two_part"  own chunk and earlier summaries apart, merged: 1 / C as much work and memory for
+                long t, but (b, h, t, t / C) scores still exist. Plain PyTorch, any device and
+                dtype; its scores are rounded to that dtype.
+    "fused"     one Triton kernel forward, two backward, float32 sums: CUDA with the shared memory
+                of an A100 or H100; float32, bfloat16 or float16; chunk_size up to 128 (64 in
+                float32 with e = 128); e one of 16, 32, 64, 128. Opaque to torch.compile, which
+                may wrap it (fullgraph). Once differentiable.
 
     Raises ValueError where shapes, dtypes, names or the limits of "fused" do not fit.
     """
+    _check(q, k, v, chunk_size, summary, implementation)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    _check(q, k, v, chunk_size, summary, implementation)
     offset = 0 if summary == "first" else chunk_size - 1
     if implementation == "eager":
         return attention(q, k, v, mask=chunk_mask(q.shape[2], chunk_size, offset, q.device))
@@ -80,13 +83,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str, name:
             f"q and k must agree in batch, rows (at least 1) and head width, and the heads of k "
             f"must divide those of q, got {tuple(q.shape)} and {tuple(k.shape)}."
         )
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+    is_cast = torch.is_autocast_enabled(q.device.type)
+    one_dtype = q.dtype == k.dtype == v.dtype or is_cast
+    if not (one_dtype and q.device == k.device == v.device):
         raise ValueError(
             f"q, k and v must have one dtype and device, got {q.dtype}, {k.dtype} and {v.dtype} "
             f"on {q.device}, {k.device} and {v.device}."
         )
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be of a floating-point dtype, got {q.dtype}.")
+    if not all(x.dtype.is_floating_point for x in (q, k, v)):
+        raise ValueError(
+            f"q, k and v must be of a floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
+        )
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size}.")
     if summary not in ("first", "last"):
@@ -112,6 +119,11 @@ def check_fused(q: Tensor, chunk_size: int) -> None:
         )
     if q.dtype not in FUSED_DTYPES:
         raise ValueError(f"implementation 'fused' computes in float32, got {q.dtype}; {other}")
+    if q.dtype == torch.float32 and q.shape[3] == 128 and chunk_size > 64:
+        raise ValueError(
+            f"implementation 'fused' takes chunk_size up to 64 in float32 with head width 128, "
+            f"whose tiles fill the shared memory, got {chunk_size}; {other}"
+        )
 
 
 # --- eager ----------------------------------------------------------------------------------------
@@ -123,7 +135,7 @@ def sees(query, key, chunk_size: int, offset: int):
     return (key <= query) & (same_chunk | (key % chunk_size == offset))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)  # all layers ask for the same one; at 32K rows it is 1 GiB
 @torch.inference_mode(False)  # a mask made while scoring must also serve training
 def chunk_mask(num_rows: int, chunk_size: int, offset: int, device: torch.device) -> Tensor:
     """(t, t) booleans, built once per length and chunk size."""
@@ -246,5 +258,6 @@ def _shared(gradient: Tensor, k: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """Every head of a row in one piece: the kernels take any strides but the last."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    """Every head of a row in one piece, and rows so near that a tile's offsets fit into 32 bits."""
+    is_near = x.stride(2) * MAX_FUSED_CHUNK * MAX_TILE_ROWS < 2**31
+    return x if x.stride(3) == 1 and is_near else x.contiguous()

@@ -136,7 +136,8 @@ def _forward_kernel(
     E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head."""
-    head, b = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    head, b = program % heads, program // heads
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last has the most keys: it starts first
     lane, start = tl.arange(0, BLOCK_M), tile.to(tl.int64) * ROWS
     inside = (lane < ROWS) & (start + lane < num_rows)
@@ -216,7 +217,8 @@ def _queries_kernel(
     E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head: its dq, its keys' gradients from the tile itself, delta = do . o."""
-    head, b = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    head, b = program % heads, program // heads
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     lane, start = tl.arange(0, BLOCK_M), tile.to(tl.int64) * ROWS
     inside = (lane < ROWS) & (start + lane < num_rows)
@@ -294,7 +296,8 @@ def _summaries_kernel(
     E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N summary rows of one head, as keys of all queries in later tiles; added to dk, dv."""
-    head, b = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    head, b = program % heads, program // heads
     low = tl.program_id(1) * BLOCK_N  # the first has the most queries, and starts first
     n, lane = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     there = low + n < num_summaries

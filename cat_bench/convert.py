@@ -5,13 +5,20 @@ An architecture takes part where its file exports `from_upstream(tensors) -> ten
 docs/baselines.md lists which do, and what maps to what. Every name and shape is checked against the
 Config of the spec before anything is written: nothing is padded, cut or left out, and dtypes stay.
 
+Tensors do not tell all: models that differ in an epsilon or a window have the same names and
+shapes. So the authors' config.json beside the weights is compared, too, where the file exports
+
+    settings_from_upstream(theirs) -> settings   of Config; ValueError: ours has no such model
+    upstream_config(config) -> theirs            for the way back, which writes a config.json
+    NOT_IN_SHAPES                                names of theirs, unchecked without a config.json
+
 Try it: cat-bench convert mamba2:vocab_size=50288 path/to/model.safetensors -o checkpoints/mamba2
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,7 +26,8 @@ from safetensors.torch import load_file
 from cat_bench import checkpoint
 from cat_bench.architecture import build, load_module
 from cat_bench.errors import UserError
-from cat_bench.spec import Spec, architectures
+from cat_bench.messages import warn
+from cat_bench.spec import Spec, architectures, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,24 +39,29 @@ INDEX = "model.safetensors.index.json"  # of weights in several files: {"weight_
 def from_upstream(spec: Spec, source: Path, folder: Path) -> int:
     """Write the checkpoint `folder` of the authors' weights in `source`; how many tensors it has.
 
-    Raises UserError where they do not fit the spec, in names or shapes.
+    Raises UserError where they do not fit the spec, in names, settings or shapes.
     """
     convert = _exported(spec, "from_upstream")
     checkpoint.check_is_new(folder)
     tensors = _converted(convert, read_tensors(source), source, spec)
     model = build(spec, device="meta")
+    _check_settings(spec, source, model.config)
     _check(spec, source, tensors, model.state_dict(), model.config)
     checkpoint.write(folder, tensors, checkpoint.meaning_of(spec, model.config))
     return len(tensors)
 
 
 def to_upstream(spec: Spec, source: Path, folder: Path) -> int:
-    """The way back: `folder` gets model.safetensors with the authors' names."""
+    """The way back: `folder` gets model.safetensors with the authors' names, and their config.json
+    where the architecture exports it.
+    """
     convert = _exported(spec, "to_upstream")
     checkpoint.check_is_new(folder)
-    checkpoint.check_config(source, spec, build(spec, device="meta").config)
+    config = build(spec, device="meta").config
+    checkpoint.check_config(source, spec, config)
+    theirs = _upstream_config(spec, config) if _reads_settings(spec) else None
     tensors = _converted(convert, read_tensors(source), source, spec)
-    checkpoint.write(folder, tensors, None)
+    checkpoint.write(folder, tensors, theirs)
     return len(tensors)
 
 
@@ -111,6 +124,49 @@ def _converted(
         raise UserError(f"{source} does not fit {spec.name}: {error}") from error
     # Copies: several of them may be views of one tensor, which safetensors refuses.
     return {name: tensor.contiguous().clone() for name, tensor in made.items()}
+
+
+def _check_settings(spec: Spec, source: Path, config: Any) -> None:
+    """Raises UserError where the authors' config.json tells of another model than the spec. Without
+    one, or a function that reads it, a warning says what was not checked.
+    """
+    if not _reads_settings(spec):
+        warn(f"{spec.name} exports no settings_from_upstream: only names and shapes were checked.")
+        return
+    module = load_module(spec)
+    path = (source if source.is_dir() else source.parent) / checkpoint.CONFIG
+    if not path.is_file():
+        unseen = ", ".join(module.NOT_IN_SHAPES)
+        warn(f"no {path}, so these settings of the weights were not checked: {unseen}.")
+        return
+    ours = module.settings_from_upstream(_upstream_config(spec, config))
+    try:
+        theirs = module.settings_from_upstream(checkpoint.read_object(path))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} does not fit {spec.name}: {error}.") from error
+    wrong = {name: value for name, value in theirs.items() if ours.get(name) != value}
+    if wrong:
+        asked = {name: getattr(config, name) for name in wrong}
+        raise UserError(
+            f"{path} means {_listed(wrong)}, but {spec.text} means {_listed(asked)}.",
+            f"Use the spec {parse(f'{spec.name}:{_listed(spec.overrides | theirs)}').text}",
+        )
+
+
+def _reads_settings(spec: Spec) -> bool:
+    return hasattr(load_module(spec), "settings_from_upstream")
+
+
+def _upstream_config(spec: Spec, config: Any) -> dict[str, Any]:
+    try:
+        return load_module(spec).upstream_config(config)
+    except ValueError as error:
+        raise UserError(f"{spec.text} has no counterpart upstream: {error}") from error
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    """As a spec has it: "norm_eps=1e-06, window=512"."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _check(spec: Spec, source: Path, got: Tensors, expected: Tensors, config: object) -> None:

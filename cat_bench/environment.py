@@ -8,7 +8,6 @@ Units: bytes, hertz, watts, degrees Celsius.
 Try it: cat-bench doctor
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 from cat_bench import spec, store
 from cat_bench.packages import PACKAGES, Package, install_command, is_installed
 from cat_bench.store import digest as digest  # one definition of Record.environment
+from cat_bench.user_code import hash_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 COMMIT_VARIABLE = "CAT_BENCH_COMMIT"  # for a copy of the tree without its .git
@@ -99,11 +99,9 @@ def conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def source_hash(root: Path = PROJECT) -> str:
     """SHA-256 over the names and contents of the package's own Python files, in sorted order."""
-    files = [path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py")]
-    total = hashlib.sha256()
-    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
-        total.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return total.hexdigest()
+    return hash_of(
+        root, (path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py"))
+    )
 
 
 def _command_line(command: list[str]) -> str:

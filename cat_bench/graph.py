@@ -8,7 +8,7 @@ until a graph is captured.
 Shapes: b batch, h query heads, g key-value heads, e head width (64), s cache rows, d width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ def plain_block(block: Block, x: Tensor, rope: Rope, attend: Attend = attention)
 def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
     """The block after its attention, in place: x and o (rows, d)."""
     add_linear_(x, o, block.attn_out.weight)
-    h = norm_swiglu(x, block.mlp_norm, packed_gate_up(block))
+    h = norm_swiglu(x, block.mlp_norm, packed([block.w1.weight, block.w3.weight]))
     return add_linear_(x, h, block.w2.weight)
 
 
@@ -118,13 +118,14 @@ def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
 # own; from two on cuBLAS is as fast (docs/performance.md).
 
 
-def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor) -> Tensor:
-    """W RMSNorm(x). x (rows, d), weight (n, d) -> (rows, n)."""
+def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """W RMSNorm(x). x (rows, d), weight (n, d) -> (rows, n), in `out` where there is one."""
     if len(x) > 1:
-        return F.linear(rms_norm(x, norm), weight)
+        return torch.mm(rms_norm(x, norm), weight.T, out=out)
     from cat_bench import vector_kernels
 
-    return vector_kernels.linear(x, weight, norm)
+    made = vector_kernels.linear(x, weight, norm)
+    return made if out is None else out.copy_(made)
 
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
@@ -166,19 +167,29 @@ def conv_rows_reference(
     return torch.stack(rows, dim=1)
 
 
-def packed_gate_up(block: Block) -> Tensor:
-    """w1 over w3 as one (2 I, d) matrix: one matmul instead of two, for no additional memory.
+def packed(weights: Sequence[Tensor]) -> Tensor:
+    """The weights under each other in one tensor, then zero rows up to a multiple of 16: one matmul
+    instead of several, for no additional memory.
 
-    On first use the two weights become halves of one buffer; their values, names and shapes stay.
+    On first use they become views of one buffer; their values, names and shapes stay. The zeros
+    keep every row of the product aligned to 16 bytes, which the fast matmuls ask for.
     """
-    gate, up = block.w1.weight, block.w3.weight
-    same_buffer = up.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()
-    if not (same_buffer and up.data_ptr() == gate.data_ptr() + gate.nbytes):
+    first, at, in_place = weights[0], weights[0].data_ptr(), True
+    for weight in weights:
+        same_buffer = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        in_place = in_place and same_buffer and weight.data_ptr() == at
+        at += weight.nbytes
+    num_rows = sum(len(weight) for weight in weights)
+    num_zeros = -num_rows % 16
+    if not in_place:
         with torch.inference_mode(False):  # the weights stay ordinary tensors, fit for training
-            both = torch.cat([gate.detach(), up.detach()])
-            gate.data, up.data = both.chunk(2)
-        wait_for_weights(both)
-    return gate.detach().as_strided((2 * len(gate), gate.shape[1]), gate.stride())
+            zeros = first.detach().new_zeros(num_zeros, *first.shape[1:])
+            buffer = torch.cat([*(weight.detach() for weight in weights), zeros])
+            parts = buffer.split([*(len(weight) for weight in weights), num_zeros])
+            for weight, part in zip(weights, parts, strict=False):  # the last part is the zeros
+                weight.data = part
+        wait_for_weights(buffer)
+    return first.detach().as_strided((num_rows + num_zeros, *first.shape[1:]), first.stride())
 
 
 def wait_for_weights(weights: Tensor) -> None:

@@ -63,6 +63,11 @@ def within_budget(compiled: Callable, memory_budget: float) -> Callable:
     return run
 
 
+def _undefined(model: nn.Module, method: str) -> NotImplementedError:
+    """What a base class raises for a method that only its subclasses can know."""
+    return NotImplementedError(f"the class {type(model).__name__} must define {method}")
+
+
 class LanguageModel(ForwardPath):
     decode_paths: tuple[str, ...] = ("eager",)
     forward_paths: tuple[str, ...] = ("eager",)
@@ -88,7 +93,7 @@ class LanguageModel(ForwardPath):
 
     def hidden(self, tokens: Tokens) -> Tensor:
         """Final hidden states (b, t, d), normalised: what the head reads."""
-        raise NotImplementedError
+        raise _undefined(self, "hidden(tokens)")
 
     def forward(self, tokens: Tokens) -> Logits:
         return self.head(self.hidden(tokens))
@@ -115,14 +120,14 @@ class LanguageModel(ForwardPath):
         return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
-        raise NotImplementedError
+        raise _undefined(self, "state_bytes(batch_size, seq_len)")
 
     def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
         """All of it: no token ids, and counters lie on the host."""
         return self.state_bytes(batch_size, seq_len)
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
-        raise NotImplementedError
+        raise _undefined(self, "step_costs(batch_size, num_tokens)")
 
     def prefill_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """The step of the last token; of the tokens before it the matrices and `pair_flops` of the
@@ -163,7 +168,7 @@ class Transformer(LanguageModel):
 
     def attend_all(self, num_tokens: int, device: torch.device) -> Attend:
         """The attention of the parallel forward, (q, k, v) -> (b, h, t, e), on `forward_path`."""
-        raise NotImplementedError
+        raise _undefined(self, "attend_all(num_tokens, device)")
 
     def hidden(self, tokens: Tokens) -> Tensor:
         ids = torch.arange(tokens.shape[1], device=tokens.device)

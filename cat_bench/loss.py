@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cat_bench.architecture import Tokens
 
@@ -68,6 +69,7 @@ def linear_cross_entropy(
     A scalar, float32 at least. Under autocast the products are in its dtype; softmax and loss are
     float32, and the gradient of the weight adds up in the weight's own dtype. `implementation`:
     "eager" is the specification; "triton" does all between the matmuls in one pass, on a GPU.
+    Once differentiable. Raises ValueError where shapes or dtypes do not fit, and for float16.
     """
     if implementation not in ("eager", "triton"):
         raise ValueError(f"implementation must be 'eager' or 'triton', got '{implementation}'.")
@@ -81,12 +83,17 @@ def linear_cross_entropy(
     device_type, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
+    if dtype == torch.float16:  # a share of 1 / n is below what it can hold, at any loss scale
+        raise ValueError(
+            "the gradient of a mean over many tokens underflows in float16: "
+            "use bfloat16 or float32."
+        )
     if implementation == "triton" and dtype == torch.float64:
         raise ValueError("implementation 'triton' computes in float32; float64 needs 'eager'.")
     with torch.autocast(device_type, enabled=False):
         return _LinearCrossEntropy.apply(
-            hidden.flatten(0, -2), weight, targets.flatten(), dtype, chunk_tokens, implementation,
-            torch.is_grad_enabled(),
+            hidden.flatten(0, -2), weight, targets.flatten().contiguous(), dtype, chunk_tokens,
+            implementation, torch.is_grad_enabled(),
         )  # fmt: skip
 
 
@@ -129,6 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() * share
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
         return *grads, None, None, None, None, None

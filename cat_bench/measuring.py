@@ -75,8 +75,12 @@ def resumed(results: Path, name: str, retry: frozenset[str]) -> store.Run:
     found = find_run(results, name)
     cases = list(found.cases().values())
     machine = planning.machine("cuda" if any(case.device == "cuda" for case in cases) else "cpu")
-    runner.check_resume(found, machine)
+    runner.check_resume(found, machine, retry)
     check_machine(cases, runner.open_cases(cases, found, retry))
+    repaired = runner.edited_files(found, retry)
+    planned_anew = [case for case in cases if spec.name_of(case.arch) in repaired]
+    if planned_anew:
+        found.extend_plan([], planning.resolve(planned_anew, machine["gpu_name"]))
     found.resume_under(machine)
     return found
 

@@ -47,7 +47,12 @@ PACKAGES = (
         extension="causal_conv1d_cuda",
     ),
     Package("lm_eval", "lm-eval", "suite lm_eval", "pip install -e '.[eval]'"),
-    Package("transformers", "transformers", "suite lm_eval", "pip install -e '.[eval]'"),
+    Package(
+        "transformers",
+        "transformers",
+        "suite lm_eval, and the loop of Mamba2's authors in suite upstream",
+        "pip install -e '.[eval]'",
+    ),
     Package("datasets", "datasets", "fetching data sets", "pip install -e '.[eval]'"),
 )
 

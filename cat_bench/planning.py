@@ -28,6 +28,7 @@ def plan(
         )
     planner = suites.load(suite)
     specs = [spec.parse(text) for text in arch]
+    _check_names(specs)
     _check_forward_path(specs, options.forward_path)
     if options.scale == "smoke":
         specs = [spec.tiny(one) for one in specs]
@@ -35,6 +36,17 @@ def plan(
     if options.match is None:
         return cases, None
     return planner.plan(_matched(specs, cases, options.match, gpu_name), options), specs[0]
+
+
+def _check_names(specs: list[spec.Spec]) -> None:
+    """Raises UserError where two names mean one file: it would stand twice in every table."""
+    names: dict[Path, str] = {}
+    for one in specs:
+        first = names.setdefault(spec.resolve(one.name).path, one.name)
+        if first != one.name:
+            raise UserError(
+                f"-a {first} and -a {one.name} are the same file.", f"Write {first} for both."
+            )
 
 
 def _check_forward_path(specs: list[spec.Spec], asked: str | None) -> None:

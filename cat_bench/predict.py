@@ -9,7 +9,7 @@ Try it: cat-bench run efficiency -a dense -a cat-8 --batch-size 64,512 --seq-len
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -20,13 +20,16 @@ from cat_bench.architecture import (
     build,
     generation_flops,
     load_module,
+    make_config,
     prefill_costs,
     step_flops,
 )
 from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.profiler import Ceilings, weights_bytes
-from cat_bench.spec import Spec, parse
+from cat_bench.spec import Source, Spec, describe, parse
+from cat_bench.spec import resolve as resolve_name
+from cat_bench.user_code import running, source_hash
 
 GIB = 2**30
 HEADROOM = 1.10  # workspace: a tenth of weights + state
@@ -53,6 +56,8 @@ GRADIENT_AND_ADAM = 3  # times the weights: a gradient and two moments, all in t
 BUDGETS = ("params", "state", "flops", "latency")
 MATCH_TOLERANCE = 0.05
 WIDTH_STEP, MAX_WIDTH = 64, 16_384
+MAX_GROWTH = 4  # times the parameters of the first architecture, or of the own default if more
+ASKING = "asking for its sizes and costs"  # what a user's file is doing here
 
 
 # --- what each case will be -----------------------------------------------------------------------
@@ -71,15 +76,23 @@ def resolve(
     then says how near each case came. Raises UserError for a case too long for its architecture.
     """
     for case in sorted(cases, key=lambda case: -case.seq_len):  # so that one hint serves them all
-        _check_length(case, _meta_model(*_key(case)))
-    device_ceilings = assumed_ceilings(device_name)
-    return {case.key: _resolve(case, device_ceilings, match, first) for case in cases}
+        with running(_source(case), ASKING):
+            _check_length(case, _meta_model(*_key(case)))
+    return {case.key: _resolve(case, device_name, match, first) for case in cases}
 
 
-def _resolve(
-    case: Case, device_ceilings: Ceilings | None, match: str | None, first: Spec | None
-) -> dict:
-    model = _meta_model(*_key(case))
+def _resolve(case: Case, device_name: str | None, match: str | None, first: Spec | None) -> dict:
+    with running(_source(case), ASKING):
+        row = _row(case, device_name, match, first)
+    return row | {"source_hash": source_hash(_source(case))}
+
+
+def _source(case: Case) -> Source:
+    return resolve_name(parse(case.arch).name)
+
+
+def _row(case: Case, device_name: str | None, match: str | None, first: Spec | None) -> dict:
+    model, device_ceilings = _meta_model(*_key(case)), assumed_ceilings(device_name)
     shape = case.batch_size, case.seq_len
     row: dict[str, Any] = {
         "label": model.config.label,
@@ -102,13 +115,17 @@ def _resolve(
             row["floor_s"] = _floor_s(_key(case), *_shape(case), device_ceilings)
             row["floor_source"] = device_ceilings.source
     elif case.device == "cuda":
-        row["warnings"].append(
-            f"No lower bounds: the ceilings of this GPU are unknown "
-            f"(known: {', '.join(ASSUMED_CEILINGS)})."
-        )
+        row["warnings"].append(_no_ceilings(device_name))
     if match and first and not _is_reference(case):
         _add_match(row, case, match, first, device_ceilings)
     return row
+
+
+def _no_ceilings(device_name: str | None) -> str:
+    known = ", ".join(ASSUMED_CEILINGS)
+    if device_name is None:
+        return f"No lower bounds: no GPU is seen here. --dry-run --gpu H100 assumes one ({known})."
+    return f"No lower bounds: the ceilings of {device_name} are unknown (known: {known})."
 
 
 def _add_match(
@@ -347,17 +364,54 @@ def matched(
     budget: parameters, state bytes of one sequence, training FLOPs of one, or floor latency.
 
     `latency` uses the ceilings of a known GPU, else those of an H100: only their ratio matters.
-    Raises UserError where a width cannot be chosen.
+    Raises UserError where a width cannot be chosen, where none comes near the budget, and where the
+    nearest has more than MAX_GROWTH times the parameters that its architecture or the first has.
+    Widths are 64 apart, so small models may stay further from a budget than MATCH_TOLERANCE:
+    `resolve` warns of that.
     """
     if budget not in BUDGETS:
         raise UserError(f"--match '{budget}' is unknown.", f"It is one of: {', '.join(BUDGETS)}.")
     shape, device_ceilings = (batch_size, prompt_len, seq_len), assumed_ceilings(device_name)
 
     def amount(spec: Spec) -> float:
-        return _amount(build(spec, "eager", "meta", dtype), budget, shape, device_ceilings)
+        with running(resolve_name(spec.name), ASKING):
+            return _amount(build(spec, "eager", "meta", dtype), budget, shape, device_ceilings)
 
-    target = amount(specs[0])
-    return [specs[0], *(_nearest(spec, amount, target) for spec in specs[1:])]
+    return [specs[0], *(_match(spec, specs[0], budget, amount) for spec in specs[1:])]
+
+
+def _match(spec: Spec, first: Spec, budget: str, amount: Callable[[Spec], float]) -> Spec:
+    """`spec` at the width nearest to the budget of `first`. Raises UserError where none is near."""
+    candidates, target = _widths(spec), amount(first)
+    nearest = _nearest(candidates, amount, target)
+    ratio = amount(nearest) / target
+    between = amount(candidates[0]) <= target <= amount(candidates[-1])
+    if abs(ratio - 1) > MATCH_TOLERANCE and not between:
+        raise UserError(
+            f"--match {budget}: no width of {spec.text} comes near {first.text}; the nearest, "
+            f"{_width(nearest)}, gives {ratio:.2f} times its {budget}.",
+            "Put another -a first, match another budget, or drop --match and give sizes yourself.",
+        )
+    usual = [first, *(one for one in candidates if one == spec)]  # at its default width
+    params, of_first = _num_params(nearest), _num_params(first)
+    if params > MAX_GROWTH * max(map(_num_params, usual)):
+        raise UserError(
+            f"--match {budget}: {spec.text} comes near {first.text} only at width "
+            f"{_width(nearest)}, with {params / 1e6:,.0f} M parameters, "
+            f"{params / of_first:.0f} times as many.",
+            f"Put another -a first, match another budget, or drop --match and give "
+            f"-a {nearest.text}",
+        )
+    return nearest
+
+
+def _num_params(spec: Spec) -> int:
+    with running(resolve_name(spec.name), ASKING):
+        return build(spec, device="meta").num_params
+
+
+def _width(spec: Spec) -> int:
+    return make_config(spec).width
 
 
 def _amount(
@@ -377,9 +431,8 @@ def _amount(
     return generation_floor_s(model, batch_size, prompt_len, seq_len, used)
 
 
-def _nearest(spec: Spec, amount: Callable[[Spec], float], target: float) -> Spec:
+def _nearest(candidates: list[Spec], amount: Callable[[Spec], float], target: float) -> Spec:
     """Bisection: every budget grows with the width. Nearest by ratio."""
-    candidates = _widths(spec)
     low, high = 0, len(candidates) - 1
     while low < high:
         middle = (low + high) // 2
@@ -393,8 +446,8 @@ def _nearest(spec: Spec, amount: Callable[[Spec], float], target: float) -> Spec
 
 def _widths(spec: Spec) -> list[Spec]:
     """The spec at every multiple of 64 that its Config accepts, ascending."""
-    config = load_module(spec).Config
-    if "width" not in {field.name for field in fields(config)}:
+    config, source = load_module(spec).Config, resolve_name(spec.name)
+    if "width" not in describe(spec.name).fields:
         raise UserError(
             f"--match chooses the setting 'width', which {spec.name} does not have.",
             "Leave this architecture out, or give its sizes yourself and drop --match.",
@@ -408,12 +461,18 @@ def _widths(spec: Spec) -> list[Spec]:
     accepted = []
     for width in range(WIDTH_STEP, MAX_WIDTH + 1, WIDTH_STEP):
         overrides = dict(sorted({**spec.overrides, "width": width}.items()))
-        try:
-            config(**overrides)
-        except ValueError:
-            continue
-        # Through the parser: a width that equals the default must not stand in the text.
-        accepted.append(parse(replace(spec, overrides=overrides).text))
+        if _accepts(config, overrides, source):
+            # Through the parser: a width that equals the default must not stand in the text.
+            accepted.append(parse(replace(spec, overrides=overrides).text))
     if not accepted:
         raise UserError(f"{spec.text}: no width fits its other settings.", "Change those.")
     return accepted
+
+
+def _accepts(config: type, overrides: dict[str, Any], source: Source) -> bool:
+    with running(source, "making its Config"):
+        try:
+            config(**overrides)
+        except ValueError:  # how a Config says that values do not fit
+            return False
+    return True

@@ -25,7 +25,9 @@ from typing import IO, Any, NamedTuple, Protocol
 from cat_bench.case import Case, Record
 from cat_bench.environment import PROJECT, conflicts, worker_process
 from cat_bench.errors import UserError
+from cat_bench.spec import name_of, resolve
 from cat_bench.store import CLOSING, Run
+from cat_bench.user_code import source_hash
 
 DEFAULT_TIMEOUT_S = 3600.0
 STDERR_BYTES = 4096  # how much of a failed worker's stderr its row keeps
@@ -95,7 +97,7 @@ def _execute(
                 done = skipped + index
                 progress(done, total, case, _time_left_s(durations_s, total - done))
                 following = queue[index + 1] if index + 1 < len(queue) else None
-                rows = workers.measure(case, timeout_s, following)
+                rows = _refused(case, run) or workers.measure(case, timeout_s, following)
                 run.append(rows)
                 statuses[rows[-1].status] += 1
                 durations_s.append(rows[-1].value or 0.0)
@@ -115,16 +117,61 @@ def open_cases(
     return [case for case in cases if closed.get(case.key) in {None, *retry}]
 
 
-def check_resume(run: Run, environment: dict[str, Any]) -> None:
+def check_resume(
+    run: Run, environment: dict[str, Any], retry: frozenset[str] | set[str] = frozenset()
+) -> None:
     """Raises UserError where rows measured now must not join those of `run`, or not yet."""
     with _only_writer(run):
         pass  # said before anything is written; `execute` holds the lock itself
     reasons = conflicts(run.environment, environment)
+    reasons += _mixed_versions(run, retry)
     if reasons:
         raise UserError(
             f"run {run.name} cannot be continued here: {'; '.join(reasons)}.",
             "Nothing was changed. Start a new run; report and paper read several runs together.",
         )
+
+
+def edited_files(run: Run, retry: frozenset[str] | set[str] = frozenset()) -> dict[str, str]:
+    """Files given by path that open cases need and that are not what they were at the plan: why."""
+    waiting = open_cases(run.cases().values(), run, retry)
+    return {name_of(case.arch): reason for case in waiting if (reason := _other_version(case, run))}
+
+
+def _other_version(case: Case, run: Run) -> str | None:
+    planned = run.resolved().get(case.key, {}).get("source_hash")
+    if planned is None:  # a file of the project, or a plan from before there was this field
+        return None
+    name = name_of(case.arch)
+    try:
+        if source_hash(resolve(name)) == planned:
+            return None
+    except UserError as error:  # it is gone
+        return error.message.rstrip(".")
+    return f"{name}, or a file beside it that it imports, has changed since the plan"
+
+
+def _mixed_versions(run: Run, retry: frozenset[str] | set[str]) -> list[str]:
+    """Why rows of a file's new version would stand beside measured ones of its old version.
+
+    A file of which nothing was measured yet may be repaired: its failed cases are then measured.
+    """
+    closed, edited = run.closed(), edited_files(run, retry)
+    kept = {
+        name_of(case.arch)
+        for key, case in run.cases().items()
+        if closed.get(key) in {"ok", "oom"} - retry
+    }
+    return [reason for name, reason in edited.items() if name in kept]
+
+
+def _refused(case: Case, run: Run) -> list[Record]:
+    """The closing row of a case whose file was edited during the run; [] for all others."""
+    reason = _other_version(case, run)
+    if reason is None:
+        return []
+    error = f"not measured: {reason}. Start a new run."
+    return [Record(case.key, CLOSING, 0.0, "s", status="failed", error=error)]
 
 
 class Workers:

@@ -30,7 +30,9 @@ SUITE_FOLDERS = {
     "recall_tasks": PACKAGE.parent / "recall_tasks",
 }
 EXHIBITS = PACKAGE / "paper"
-TINY = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
+TINY = {
+    "num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16, "key_width": 16,
+}  # fmt: skip
 TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 FUNCTION = re.compile(r"\s*(?:async )?def (\w+)")
 NO_DEFAULT = object()  # a field whose default is absent or no literal
@@ -111,7 +113,7 @@ def parse(text: str) -> Spec:
 
     Raises UserError for an unknown architecture, an unknown key, or a value of the wrong type.
     """
-    name, settings = _split(text)
+    name, (_, settings) = name_of(text), _split(text)
     info, preset = _find(name)
     given = _key_values(text, settings)
     values = dict(preset)
@@ -124,6 +126,12 @@ def parse(text: str) -> Spec:
         values[key] = _read(text, key, value_text, info.fields[key].type)
     differ = {k: v for k, v in sorted(values.items()) if not _same(v, info.fields[k].default)}
     return Spec(info.name, differ, text)
+
+
+def name_of(text: str) -> str:
+    """The name in a spec's text, without its settings: "./mine.py:width=2" -> "mine.py"."""
+    name, _ = _split(text)
+    return str(Path(name)) if name.endswith(".py") else name  # one file has one name
 
 
 def resolve(name: str) -> Source:

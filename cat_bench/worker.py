@@ -28,8 +28,9 @@ from cat_bench.case import Case, Record
 from cat_bench.environment import clock_state
 from cat_bench.errors import UserError
 from cat_bench.packages import install_command
-from cat_bench.spec import Spec, describe, parse
+from cat_bench.spec import Spec, describe, parse, resolve
 from cat_bench.suites import load
+from cat_bench.user_code import FileFault, importable
 
 CLOCK_UNITS = {"sm_clock_hz": "Hz", "memory_clock_hz": "Hz", "temperature_c": "C", "power_w": "W"}
 
@@ -72,10 +73,11 @@ def measure(case: Case) -> Iterator[Record]:
     """The rows of the case's suite, between the clocks before and after."""
     set_global_state(case.seed)
     suite = load(case.suite)
-    model = build_model(case)
-    yield from clock_rows(case, "before")
-    yield from suite.measure(case, model)
-    yield from clock_rows(case, "after")
+    with importable(resolve(parse(case.arch).name)):  # a step may import, too
+        model = build_model(case)
+        yield from clock_rows(case, "before")
+        yield from suite.measure(case, model)
+        yield from clock_rows(case, "after")
 
 
 def set_global_state(seed: int) -> None:
@@ -96,9 +98,10 @@ def build_model(case: Case) -> Architecture:
         )
     _require_packages(spec, "decode", case.decode_path)
     _require_packages(spec, "forward", case.forward_path)
-    model = build(
-        spec, case.decode_path, case.device, case.dtype, case.seed, forward_path=case.forward_path
-    )
+    try:
+        model = build(spec, case.decode_path, case.device, case.dtype, case.seed, case.forward_path)
+    except FileFault as fault:  # no lack of this machine: the case failed, or is out of memory
+        raise fault.error from None
     if case.weights != "random":
         load_weights(case, spec, model)
     return model

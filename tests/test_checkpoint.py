@@ -61,7 +61,7 @@ def test_a_config_that_is_none_is_refused(saved: Path, content: bytes) -> None:
 
 def test_bare_tensors_are_refused(saved: Path) -> None:
     (saved / checkpoint.CONFIG).unlink()
-    with pytest.raises(UserError, match="RoPE rule"):
+    with pytest.raises(UserError, match="Tensors alone do not tell every setting"):
         checkpoint.load(saved)
 
 

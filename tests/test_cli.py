@@ -183,11 +183,12 @@ def test_a_run_of_which_every_case_lacks_a_package_is_refused(
     [
         (
             "import a_package_of_nobody.part",
-            ["mine.py imports the package a_package_of_nobody, which is not", "pip install a_pack"],
+            ["mine.py imports a_package_of_nobody, which is neither installed nor beside the fi"],
         ),
         ("import mamba_ssm.ops", ["imports the package mamba_ssm", "mamba-ssm==2"]),
         ("from json import no_such_name", ["mine.py cannot be imported: cannot import name"]),
         ("def broken(:", ["mine.py is not valid Python"]),
+        ("foo()", ["mine.py fails: importing it raised NameError: name 'foo' is", "(line 2)"]),
         ("return 1", ["mine.py is not valid Python: 'return' outside function", "line 2"]),
     ],
 )
@@ -198,6 +199,29 @@ def test_a_file_that_cannot_be_imported_is_one_sentence(
     mine = tmp_path / "mine.py"
     mine.write_text(FAULTY.replace("from dataclasses", f"{line}\nfrom dataclasses", 1))
     refused(cat_bench("run", "efficiency", "-a", mine, "--quick", "--dry-run"), *parts)
+
+
+def test_debug_shows_the_traceback_of_a_users_file(tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"{FAULTY}\n1 / 0\n")
+    command = [sys.executable, "-m", "cat_bench", "run", "efficiency", "-a", str(mine)]
+    done = subprocess.run(
+        [*command, "--quick", "--dry-run", "--debug"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert f'File "{mine}", line {FAULTY.count(chr(10)) + 2}' in done.stderr
+    assert "ZeroDivisionError: division by zero" in done.stderr
+
+
+def test_a_file_under_two_names_is_one_or_refused(
+    cat_bench: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(FAULTY)
+    command = ("run", "efficiency", "--quick", "--dry-run", "-a", "./mine.py", "-a")
+    assert "plan: 2 cases, 1 architecture," in cat_bench(*command, "mine.py").out
+    answer = cat_bench(*command, tmp_path / "mine.py")
+    refused(answer, f"-a mine.py and -a {tmp_path / 'mine.py'} are the same file", "Write mine.py")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +240,7 @@ def test_a_file_that_cannot_be_imported_is_one_sentence(
         (["paper", "fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2,fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2", "--run", "--only", "dens"], ["unknown architecture 'dens'"]),
-        (["paper", "fig2", "--only", "dense"], ["nothing is measured", "Add --run"]),
+        (["paper", "fig2", "--only", "dense"], ["say what is measured; nothing is.", "Add --run"]),
         (["paper", "--scale", "huge"], ["unknown scale 'huge'", "smoke, h100, paper"]),
     ],
 )
@@ -651,6 +675,62 @@ def test_compare_exits_with_4_where_a_case_got_slower(cat_bench: Cli, one_run: P
     assert cat_bench("compare", "second", "first").code == 0
 
 
+def sound(note: str) -> str:
+    """The same architecture without its fault, in as many versions as there are notes."""
+    return FAULTY.replace("raise RuntimeError", f"return super().step(token, state)  # {note}")
+
+
+@pytest.mark.slow
+def test_a_resume_mixes_no_two_versions_of_a_file(
+    cat_bench: Cli, tmp_path: Path, results_folder: Path
+):
+    """One of two cases is measured; then the file, or one that it imports, is edited."""
+    mine, beside = tmp_path / "mine.py", tmp_path / "cat_bench_beside.py"
+    mine.write_text(f"import cat_bench_beside\n{sound('one')}")
+    beside.write_text("")
+    flags = ("--quick", "--batch-size", "1,2", "--seq-len", "16", "--repeats", "1")
+    assert cat_bench("run", "efficiency", "-a", mine, *flags, "--name", "mixed").code == 0
+    folder = store.find(results_folder, "mixed").path
+    rows = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    first = json.loads(rows[0])["case"]
+    kept = "".join(row for row in rows if json.loads(row)["case"] == first)
+    (folder / "records.jsonl").write_text(kept)  # as after an interruption
+
+    for path, text in ((mine, sound("two")), (beside, "edited = True\n")):
+        original = path.read_text()
+        path.write_text(text)
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        answer = cat_bench("run", "--resume", "mixed")
+        refused(answer, f"{mine}, or a file beside it that it imports, has changed since the plan")
+        assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+        path.write_text(original)
+    mine.rename(tmp_path / "gone.py")
+    refused(cat_bench("run", "--resume", "mixed"), "cannot be continued here: no architecture file")
+    (tmp_path / "gone.py").rename(mine)
+
+    assert cat_bench("run", "--resume", "mixed").code == 0
+    mine.write_text(sound("three"))
+    assert cat_bench("run", "--resume", "mixed").code == 0  # nothing is left to be measured
+
+
+def test_a_run_whose_plan_tells_no_version_can_be_continued(
+    cat_bench: Cli, tmp_path: Path, results_folder: Path
+):
+    """Runs of before plan.json had that field."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(sound("one"))
+    assert cat_bench("run", *TINY_RUN[:1], "-a", mine, *TINY_RUN[3:], "--name", "old").code == 0
+    folder = store.find(results_folder, "old").path
+    plan = json.loads((folder / "plan.json").read_text())
+    for row in plan["resolved"].values():
+        del row["source_hash"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "records.jsonl").unlink()
+    mine.write_text(sound("two"))
+    assert cat_bench("run", "--resume", "old").code == 0
+    assert list(store.find(results_folder, "old").closed().values()) == ["ok"]
+
+
 def test_a_faulty_case_is_a_row_and_exit_code_3(cat_bench: Cli, tmp_path: Path, one_run: Path):
     mine = tmp_path / "mine.py"
     mine.write_text(FAULTY)
@@ -659,11 +739,15 @@ def test_a_faulty_case_is_a_row_and_exit_code_3(cat_bench: Cli, tmp_path: Path, 
     assert "planted fault" in answer.out and "1 case failed" in answer.err
     run = store.find(one_run.parent, "faulty")
     assert list(run.closed().values()) == ["failed"]
-    mine.write_text(FAULTY.replace("raise RuntimeError", "return super().step(token, state)  #"))
+    (planned,) = run.resolved().values()
+    mine.write_text(sound("repaired"))
     again = cat_bench("run", "--resume", "faulty")
     assert again.code == 0 and list(run.closed().values()) == ["failed"]  # closed: not run again
     retried = cat_bench("run", "--resume", "faulty", "--retry", "failed")
     assert retried.code == 0 and list(run.closed().values()) == ["ok"]
+    (planned_anew,) = run.resolved().values()
+    assert planned_anew.pop("source_hash") != planned.pop("source_hash")
+    assert planned_anew == planned
 
 
 @pytest.mark.slow

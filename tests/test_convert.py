@@ -67,9 +67,7 @@ def test_weights_come_over_whole_and_go_back(tmp_path: Path, spec: Spec, upstrea
     model = checkpoint.load(ours, dtype="bfloat16")
     assert torch.equal(model.head.weight, load_file(upstream)["model.embed.weight"])
     convert.to_upstream(spec, ours, back)
-    assert left_behind(back) == {
-        checkpoint.WEIGHTS
-    }  # the authors' config.json is not ours to write
+    assert left_behind(back) == {checkpoint.WEIGHTS}  # no upstream_config, no config.json
     assert same(load_file(back / checkpoint.WEIGHTS), load_file(upstream))
 
 
@@ -182,6 +180,126 @@ def test_the_command_writes_and_refuses_with_exit_code_2(
             cli.main()
         assert int(ended.value.code or 0) == code
         assert said in "".join(capsys.readouterr())
+
+
+def test_a_bare_file_is_no_checkpoint_of_any_architecture(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="x.safetensors/config.json cannot be read") as error:
+        convert.to_upstream(parse("mamba2"), tmp_path / "x.safetensors", tmp_path / "back")
+    assert "a folder that cat-bench wrote" in error.value.hint
+
+
+# --- the authors' config.json ---------------------------------------------------------------------
+
+SIZES = "width=64,num_layers=2,vocab_size=48"
+GDN = f"gated_deltanet:key_width=16,value_width=32,{SIZES}"
+H1 = f"{GDN},hybrid=true,window=8"
+MAMBA = f"mamba2:d_state=16,headdim=16,{SIZES}"
+
+
+def theirs_of(text: str, folder: Path) -> Path:
+    """A folder of the authors with weights of this spec."""
+    spec = parse(text)
+    checkpoint.save(folder / "first", spec, build(spec, seed=4))
+    convert.to_upstream(spec, folder / "first", folder / "theirs")
+    return folder / "theirs"
+
+
+def change(path: Path, **settings: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("text", [GDN, H1, MAMBA])
+def test_the_way_back_writes_a_config_that_is_read_again(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    theirs, spec = theirs_of(text, tmp_path), parse(text)
+    convert.from_upstream(spec, theirs, tmp_path / "ours")
+    assert capsys.readouterr().err == ""
+    tokens = torch.arange(9)[None]
+    assert torch.equal(checkpoint.load(tmp_path / "ours")(tokens), build(spec, seed=4)(tokens))
+
+
+@pytest.mark.parametrize(
+    ("text", "changed", "said", "correct"),
+    [
+        (GDN, {"norm_eps": 1e-6}, "norm_eps=1e-06, but .* means norm_eps=1e-05", "norm_eps=1e-06"),
+        (H1, {"norm_eps": 1e-6, "attn": {"layers": [1], "num_heads": 1, "window_size": 9}},
+         "norm_eps=1e-06, window=9, but .* means norm_eps=1e-05, window=8", "window=9"),
+        (H1, {"attn": None}, "hybrid=False, but .* means hybrid=True", "gated_deltanet:"),
+        (GDN, {"num_heads": 4}, "num_heads=4, but .* means num_heads=None", "num_heads=4"),
+        (MAMBA, {"d_model": 128, "vocab_size": 50}, "width=128, vocab_size=50", "width=128"),
+    ],
+)  # fmt: skip
+def test_other_settings_are_refused_with_the_spec_to_use(
+    tmp_path: Path, text: str, changed: dict, said: str, correct: str
+) -> None:
+    theirs = theirs_of(text, tmp_path)
+    change(theirs / "config.json", **changed)
+    for source in (theirs, theirs / "model.safetensors"):
+        with pytest.raises(UserError, match=f"means .*{said}") as error:
+            convert.from_upstream(parse(text), source, tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+    corrected = error.value.hint.removeprefix("Use the spec ")
+    assert correct in corrected
+    if changed.keys() <= {"norm_eps", "attn"} and changed.get("attn", {}) is not None:
+        convert.from_upstream(parse(corrected), theirs, tmp_path / "ours")  # same shapes
+
+
+@pytest.mark.parametrize(
+    ("text", "changed", "said"),
+    [
+        (GDN, {"allow_neg_eigval": True}, "allow_neg_eigval=True, but ours has False built in"),
+        (MAMBA, {"ssm_cfg": {"layer": "Mamba2", "ngroups": 2}}, "ngroups=2, but ours has 1"),
+        (MAMBA, {"ssm_cfg": 3}, ""),
+        (GDN, {"model_type": "gla"}, "model_type='gla'"),
+    ],
+)
+def test_a_model_that_ours_cannot_be_is_refused(
+    tmp_path: Path, text: str, changed: dict, said: str
+) -> None:
+    theirs = theirs_of(text, tmp_path)
+    change(theirs / "config.json", **changed)
+    with pytest.raises(UserError, match=f"config.json does not fit .*{said}"):
+        convert.from_upstream(parse(text), theirs, tmp_path / "ours")
+    (theirs / "config.json").write_text("[3]")
+    with pytest.raises(UserError, match="config.json holds list, expected an object"):
+        convert.from_upstream(parse(text), theirs, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("text", "unseen"),
+    [(GDN, "norm_eps, allow_neg_eigval, "), (MAMBA, "d_state, ngroups, norm_before_gate")],
+)
+def test_without_their_config_a_warning_says_what_was_not_checked(
+    tmp_path: Path, text: str, unseen: str, capsys: pytest.CaptureFixture
+) -> None:
+    theirs = theirs_of(text, tmp_path)
+    (theirs / "config.json").unlink()
+    convert.from_upstream(parse(text), theirs, tmp_path / "ours")
+    warned = capsys.readouterr().err
+    assert warned.startswith(f"warning: no {theirs / 'config.json'}, so these settings")
+    assert f"not checked: {unseen}" in warned
+
+
+def test_without_a_reader_of_it_a_warning_says_so(
+    tmp_path: Path, spec: Spec, upstream: Path, capsys: pytest.CaptureFixture
+) -> None:
+    convert.from_upstream(spec, upstream, tmp_path / "ours")
+    assert "exports no settings_from_upstream: only names and" in capsys.readouterr().err
+
+
+def test_settings_that_they_do_not_have_stay_here(tmp_path: Path) -> None:
+    spec = parse(f"{MAMBA},norm_eps=1e-6")
+    checkpoint.save(tmp_path / "first", spec, build(spec))
+    with pytest.raises(UserError, match="no counterpart upstream: .* norm_eps 1e-05 built in"):
+        convert.to_upstream(spec, tmp_path / "first", tmp_path / "theirs")
+
+
+def test_weights_of_another_family_are_refused_by_name(tmp_path: Path) -> None:
+    theirs = theirs_of(MAMBA, tmp_path)
+    with pytest.raises(UserError, match="called 'backbone.embedding.weight'; expected"):
+        convert.from_upstream(parse(GDN), theirs, tmp_path / "ours")
 
 
 # --- run --weights --------------------------------------------------------------------------------

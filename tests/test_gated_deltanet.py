@@ -4,6 +4,7 @@ Sources: cat_spec.md 1.6 (parameters) and 5 (FLOPs, bytes), evaluation_spec.md 4
 """
 
 import dataclasses
+import json
 from unittest import mock
 
 import contract
@@ -48,7 +49,7 @@ def test_parameter_counts(text: str, total: int, millions: float) -> None:
 
 def matrix_elements(text: str) -> int:
     c = make_config(spec.parse(text))
-    return c.num_delta_layers * c.num_heads * 128 * 256
+    return c.num_delta_layers * c.heads * 128 * 256
 
 
 @pytest.mark.parametrize(
@@ -196,9 +197,8 @@ def test_the_memory_decays_before_it_is_corrected(rule) -> None:
 # --- the layer against its definition ------------------------------------------------------------
 
 
-def naive_mixer(m: gdn.GatedDeltaNet, x: Tensor) -> Tensor:
+def naive_mixer(c: gdn.Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
     """One sequence x (t, d), token by token and head by head, from the parameters by name."""
-    c, w = m.config, dict(m.named_parameters())
 
     def convolved(name: str, i: int) -> Tensor:
         taps = w[f"{name}_conv1d.weight"][:, 0]  # (n, 4): the last tap is the present token's
@@ -206,12 +206,12 @@ def naive_mixer(m: gdn.GatedDeltaNet, x: Tensor) -> Tensor:
         total = sum(tap * (w[f"{name}_proj.weight"] @ x[j]) for j, tap in rows if j >= 0)
         return F.silu(total)
 
-    memories = [x.new_zeros(c.value_width, c.key_width) for _ in range(c.num_heads)]
+    memories = [x.new_zeros(c.value_width, c.key_width) for _ in range(c.heads)]
     outputs = []
     for i, row in enumerate(x):
         heads = []
-        for h in range(c.num_heads):
-            q, k, v = (convolved(name, i).chunk(c.num_heads)[h] for name in "qkv")
+        for h in range(c.heads):
+            q, k, v = (convolved(name, i).chunk(c.heads)[h] for name in "qkv")
             q, k = (z / (z.dot(z) + 1e-6).sqrt() for z in (q, k))
             beta = torch.sigmoid(w["b_proj.weight"][h].dot(row))
             rate = F.softplus(w["a_proj.weight"][h].dot(row) + w["dt_bias"][h])
@@ -219,7 +219,7 @@ def naive_mixer(m: gdn.GatedDeltaNet, x: Tensor) -> Tensor:
             memories[h] = decayed + beta * torch.outer(v - decayed @ k, k)
             o = memories[h] @ q / c.key_width**0.5
             o = o / (o.square().mean() + c.norm_eps).sqrt() * w["o_norm.weight"]
-            gate = (w["g_proj.weight"] @ row).chunk(c.num_heads)[h]
+            gate = (w["g_proj.weight"] @ row).chunk(c.heads)[h]
             heads.append(o * gate * torch.sigmoid(gate))
         outputs.append(w["o_proj.weight"] @ torch.cat(heads))
     return torch.stack(outputs)
@@ -230,7 +230,8 @@ def test_mixer_equals_the_definition() -> None:
     mixer = SUBJECT.model().blocks[0].mixer
     x = torch.randn(2, 11, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got, _ = mixer(x, mixer.empty(2))
-    expected = torch.stack([naive_mixer(mixer, row) for row in x])
+    weights = dict(mixer.named_parameters())
+    expected = torch.stack([naive_mixer(mixer.config, weights, row) for row in x])
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -346,10 +347,10 @@ def test_packing_keeps_values_names_and_trainability() -> None:
     before = {name: weight.clone() for name, weight in mixer.state_dict().items()}
     weights = [mixer.q_proj.weight, mixer.b_proj.weight]
     with torch.inference_mode():  # as a captured state does it
-        both = gdn.packed(weights)
+        both = graph.packed(weights)
     assert torch.equal(both, torch.cat([*weights, torch.zeros(14, 64)]))  # 32 + 2 rows
-    assert gdn.packed(weights).data_ptr() == both.data_ptr()
-    assert gdn.packed(weights[::-1]).data_ptr() != both.data_ptr()
+    assert graph.packed(weights).data_ptr() == both.data_ptr()
+    assert graph.packed(weights[::-1]).data_ptr() != both.data_ptr()
     assert all(torch.equal(weight, before[name]) for name, weight in mixer.state_dict().items())
     mixer.q_proj(torch.ones(1, 64, dtype=torch.float64)).sum().backward()
     assert mixer.q_proj.weight.grad is not None
@@ -402,12 +403,125 @@ def test_weights_travel_to_fla_and_back(subject: contract.Subject) -> None:
         assert torch.equal(k, ours["blocks.1.qkv.weight"][64:128])
 
 
-def test_no_weight_of_fla_is_dropped_in_silence() -> None:
-    """fla's attention may normalise queries, which ours does not: `convert` must see that."""
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.1.attn.q_norm.weight", "no weight like 'model.layers.1.attn.q_norm.weight'"),
+        ("backbone.norm_f.weight", "called 'backbone.norm_f.weight'; expected .* model.embeddings"),
+        ("model.embed_tokens.weight", "called 'model.embed_tokens.weight'; expected"),
+    ],
+)
+def test_foreign_weights_are_refused_by_name(name: str, said: str) -> None:
+    """fla's attention may normalise queries, which ours does not; others are another model's."""
     theirs = gdn.to_upstream(SUBJECT_H1.model().state_dict())
-    theirs["model.layers.1.attn.q_norm.weight"] = torch.ones(64)
-    unknown = set(gdn.from_upstream(theirs)) - set(SUBJECT_H1.model().state_dict())
-    assert unknown == {"model.layers.1.attn.q_norm.weight"}
+    with pytest.raises(ValueError, match=said):
+        gdn.from_upstream(theirs | {name: torch.ones(64)})
+
+
+def test_a_tied_head_becomes_a_copy_of_the_embedding() -> None:
+    theirs = gdn.to_upstream(SUBJECT.model().state_dict())
+    del theirs["lm_head.weight"]
+    ours = gdn.from_upstream(theirs)
+    assert torch.equal(ours["head.weight"], ours["embed.weight"])
+    assert ours["head.weight"].data_ptr() != ours["embed.weight"].data_ptr()
+
+
+def fla_attention(c: gdn.Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """fla's Attention over one sequence x (t, d): RoPE over the whole head, the half i of a pair
+    being dimension i + 32; a query sees itself and window - 1 tokens before it.
+    """
+    q, k, v = (
+        (x @ w[f"{name}_proj.weight"].T).unflatten(1, (-1, 64)).transpose(0, 1) for name in "qkv"
+    )  # (h, t, e)
+    position = torch.arange(len(x))
+    angle = (position[:, None] * c.rope_base ** (-torch.arange(32) / 32)).double()  # (t, e/2)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    q, k = (torch.complex(z[..., :32], z[..., 32:]) * turn for z in (q, k))
+    score = (q @ k.mT.conj()).real / 8  # (h, t, t)
+    distance = position[:, None] - position
+    seen = (distance >= 0) & (distance < c.window)
+    o = score.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    return o.transpose(0, 1).flatten(1) @ w["o_proj.weight"].T
+
+
+def fla_logits(c: gdn.Config, theirs: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """What GatedDeltaNetForCausalLM computes, from weights under its names: (t,) -> (t, v)."""
+
+    def rms_norm(x: Tensor, name: str) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + c.norm_eps).rsqrt() * theirs[name]
+
+    x = theirs["model.embeddings.weight"][tokens]
+    for layer in (f"model.layers.{i}." for i in range(c.num_layers)):
+        inside = f"{layer}attn."
+        w = {n.removeprefix(inside): x for n, x in theirs.items() if n.startswith(inside)}
+        mix = naive_mixer if "A_log" in w else fla_attention
+        x = x + mix(c, w, rms_norm(x, f"{layer}attn_norm.weight"))
+        h = rms_norm(x, f"{layer}mlp_norm.weight")
+        gate, up = (h @ theirs[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (gate * gate.sigmoid() * up) @ theirs[f"{layer}mlp.down_proj.weight"].T
+    return rms_norm(x, "model.norm.weight") @ theirs["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@torch.no_grad()
+def test_mapped_weights_give_the_logits_of_flas_layers(hybrid: bool) -> None:
+    """A map that is wrong in both directions would bring the weights back whole."""
+    settings = {"width": 128, "num_heads": 3, "hybrid": hybrid, "rope_base": 100.0}
+    config = dataclasses.replace(SMALL, **settings, norm_eps=1e-3)
+    subject = contract.Subject("", config, gdn.Model)
+    model, tokens = subject.model(), subject.tokens(1, 13)
+    expected = fla_logits(config, gdn.to_upstream(model.state_dict()), tokens[0])
+    contract.assert_same(model(tokens)[0], expected, "logits", 1e-6)  # our angles are float32
+
+
+# --- and its settings ----------------------------------------------------------------------------
+
+
+FLA = {"model_type": "gated_deltanet", "hidden_size": 1024, "num_hidden_layers": 4}
+FLA_ATTN = {"layers": [1, 3], "num_heads": 16, "window_size": 512}
+
+
+def test_what_flas_config_leaves_out_has_flas_default() -> None:
+    assert gdn.settings_from_upstream(FLA) == {
+        "width": 1024, "num_layers": 4, "num_heads": 6, "key_width": 256, "value_width": 512,
+        "conv_width": 4, "vocab_size": 32_000, "norm_eps": 1e-6, "hybrid": False,
+    }  # fmt: skip
+    found = gdn.settings_from_upstream(FLA | {"head_dim": 128, "attn": [FLA_ATTN]})
+    assert found["num_heads"] is None  # 6 by the rule
+    assert (found["hybrid"], found["window"], found["rope_base"]) == (True, 512, 10_000.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        gdn.Config(),
+        gdn.Config(width=2048, num_heads=7, key_width=96, value_width=160, norm_eps=1e-6),
+        gdn.Config(hybrid=True, window=100, rope_base=5e5, num_layers=5, vocab_size=999),
+    ],
+    ids=lambda config: config.label,
+)
+def test_settings_travel_to_fla_and_back(config: gdn.Config) -> None:
+    theirs = json.loads(json.dumps(gdn.upstream_config(config)))
+    assert gdn.Config(**gdn.settings_from_upstream(theirs)) == config
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "delta_net"}, "model_type='delta_net', but ours has 'gated_deltanet'"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"allow_neg_eigval": True}, "allow_neg_eigval=True, but ours has False"),
+        ({"output_gate_activation": "sigmoid"}, "but ours has 'swish' or 'silu' built in"),
+        ({"hidden_act": "powlu"}, "hidden_act='powlu'"),
+        ({"attn": FLA_ATTN | {"layers": [0, 2]}}, r"layers=\[0, 2\], but ours has \[1, 3\]"),
+        ({"attn": FLA_ATTN | {"num_heads": 8}}, "num_heads=8, but ours has 16"),
+        ({"attn": FLA_ATTN | {"window_size": None}}, "no window_size"),
+        ({"attn": [FLA_ATTN, FLA_ATTN]}, "2 kinds of layers in attn"),
+    ],
+)
+def test_what_ours_does_not_compute_is_refused(changed: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        gdn.settings_from_upstream(FLA | changed)
 
 
 def test_fla_cannot_generate_with_sliding_layers_here() -> None:
@@ -472,6 +586,9 @@ def test_a_reset_that_forgets_to_forget_is_found() -> None:
     [
         ("gdn", "GDN"),
         ("gdn:num_heads=8", "GDN (num_heads=8)"),
+        ("gdn:num_heads=6", "GDN"),  # the rule's
+        ("gdn:num_heads=6,width=2048", "GDN (width=2048, num_heads=6)"),
+        ("gdn:width=2048", "GDN (width=2048)"),
         ("gdn-h1", "GDN-H1"),
         ("gdn-h1:window=2048", "GDN-H1 (window=2048)"),
     ],
@@ -481,13 +598,29 @@ def test_labels(text: str, label: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "heads"),
+    [({}, 6), ({"width": 2048}, 12), ({"width": 512}, 3), ({"width": 64, "key_width": 16}, 3)],
+)
+def test_heads_follow_the_width(settings: dict, heads: int) -> None:
+    assert gdn.Config(**settings).heads == heads
+    assert gdn.Config(**settings, num_heads=2).heads == 2
+
+
+@pytest.mark.parametrize("text", ["gdn", "gdn-h1", "gdn:width=2048"])
+def test_the_small_models_of_quick_have_whole_heads(text: str) -> None:
+    small = make_config(spec.tiny(spec.parse(text)))
+    assert 4 * small.heads * small.key_width == 3 * small.width
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"conv_width": 0}, "conv_width must be at least 1, got 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"vocab_size": 1}, "vocab_size must be at least 2, got 1"),
-        ({"width": 100, "hybrid": True}, "width must be a positive multiple of 64"),
+        ({"width": 100, "num_heads": 2, "hybrid": True}, "width must be a positive multiple of 64"),
+        ({"width": 768}, r"width=768 .* key_width=128: .* gives 4.5. Give num_heads"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:

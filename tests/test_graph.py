@@ -6,7 +6,7 @@ import torch
 from cat_bench.architecture import build
 from cat_bench.blocks import Block
 from cat_bench.errors import UserError
-from cat_bench.graph import Rows, decode_attention_reference, packed_gate_up
+from cat_bench.graph import Rows, decode_attention_reference, packed
 from cat_bench.spec import parse
 
 
@@ -14,9 +14,9 @@ def test_packing_keeps_values_names_and_trainability() -> None:
     block = Block(64)
     gate, up = block.w1.weight.detach().clone(), block.w3.weight.detach().clone()
     with torch.inference_mode():  # as a captured state does it
-        packed = packed_gate_up(block)
-    assert torch.equal(packed, torch.cat([gate, up]))
-    assert packed_gate_up(block).data_ptr() == packed.data_ptr()
+        both = packed([block.w1.weight, block.w3.weight])
+    assert torch.equal(both, torch.cat([gate, up]))
+    assert packed([block.w1.weight, block.w3.weight]).data_ptr() == both.data_ptr()
     assert torch.equal(block.state_dict()["w3.weight"], up)
     block.w3(torch.ones(1, 64)).sum().backward()
     assert block.w3.weight.grad is not None
@@ -26,7 +26,8 @@ def test_packing_does_not_trust_neighbours_in_one_buffer_of_another_order() -> N
     block = Block(64)
     gate, up = block.w1.weight.detach().clone(), block.w3.weight.detach().clone()
     block.w3.weight.data, block.w1.weight.data = torch.cat([up, gate]).chunk(2)
-    assert torch.equal(packed_gate_up(block), torch.cat([gate, up]))
+    both = packed([block.w1.weight, block.w3.weight])
+    assert torch.equal(both, torch.cat([gate, up]))
 
 
 def test_the_reference_reads_both_ranges_and_its_own_row_only() -> None:

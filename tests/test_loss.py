@@ -111,6 +111,16 @@ def test_wrong_arguments_get_a_sentence() -> None:
         linear_cross_entropy(hidden, weight, targets[:, 1:])
     with pytest.raises(ValueError, match="computes in float32"):
         linear_cross_entropy(hidden, weight, targets, implementation="triton")
+    with pytest.raises(ValueError, match="underflows in float16: use bfloat16 or float32"):
+        linear_cross_entropy(hidden.half(), weight.half(), targets)
+
+
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number() -> None:
+    hidden, weight, targets = example()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (first,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("arch", [DENSE, CAT])
@@ -163,10 +173,13 @@ def test_the_kernel_equals_its_reference(dtype: torch.dtype, num_words: int) -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_both_implementations_train_alike() -> None:
+@pytest.mark.parametrize("stride", [1, 3])
+def test_both_implementations_train_alike(stride: int) -> None:
+    """Also on targets that are a column of a larger table."""
     found = []
     for implementation in ("eager", "triton"):
         hidden, weight, targets = example(torch.float32, "cuda")
+        targets = targets[..., None].expand(-1, -1, stride).contiguous()[..., 0]
         with torch.autocast("cuda", torch.bfloat16):
             loss = linear_cross_entropy(hidden, weight, targets, 4, implementation)
         loss.backward()

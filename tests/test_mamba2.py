@@ -6,6 +6,7 @@ cat_spec.md 1.6 (parameters) and 5 (FLOPs, decode traffic), evaluation_spec.md 4
 """
 
 import importlib.util
+import json
 import math
 import sys
 import types
@@ -377,6 +378,18 @@ def test_mamba_ssm_is_imported_without_its_own_start(
             needs_conv1d()
 
 
+@pytest.mark.usefixtures("no_memory_of_imports")
+def test_mamba_ssms_own_model_needs_transformers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in ("mamba_ssm", "causal_conv1d_cuda"):
+        (tmp_path / f"{module}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    lacking(monkeypatch, "transformers")
+    with pytest.raises(UserError, match=r"(?s)package transformers.*pip install -e '\.\[eval\]'"):
+        mamba2.upstream_generate(tiny())
+
+
 def test_the_authors_kernels_are_not_asked_for_more_than_they_address() -> None:
     model = mamba2.Model(mamba2.Config(num_layers=1, vocab_size=8), forward_path="upstream")
     assert model._upstream_batch(4096) == (2**31 - 1) // (4096 * 4384) == 119
@@ -417,6 +430,46 @@ def test_a_tied_head_becomes_a_copy_of_the_embedding() -> None:
 def test_foreign_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="called 'transformer.wte.weight'; expected .*backbone"):
         mamba2.from_upstream({"transformer.wte.weight": torch.zeros(1)})
+
+
+MAMBA = {"d_model": 768, "n_layer": 24, "vocab_size": 50_277, "pad_vocab_size_multiple": 16}
+
+
+def test_what_mamba_ssms_config_leaves_out_has_its_default() -> None:
+    """As in the config.json of state-spaces/mamba2-130m."""
+    found = mamba2.settings_from_upstream(MAMBA | {"ssm_cfg": {"layer": "Mamba2"}})
+    assert found == {
+        "width": 768, "num_layers": 24, "d_state": 128, "conv_width": 4, "expand": 2,
+        "headdim": 64, "vocab_size": 50_288, "norm_eps": 1e-5,
+    }  # fmt: skip
+
+
+def test_settings_travel_to_mamba_ssm_and_back() -> None:
+    for settings in ({}, {"width": 96, "d_state": 8, "headdim": 32, "expand": 3, "conv_width": 3}):
+        config = mamba2.Config(**settings, vocab_size=1001)
+        theirs = json.loads(json.dumps(mamba2.upstream_config(config)))
+        assert mamba2.Config(**mamba2.settings_from_upstream(theirs)) == config
+    with pytest.raises(ValueError, match="norm_eps 1e-05 built in, got 1e-06"):
+        mamba2.upstream_config(mamba2.Config(norm_eps=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ({}, "layer='Mamba1', but ours has 'Mamba2'"),
+        ({"layer": "Mamba2", "ngroups": 2, "d_state": 64}, "ngroups=2, but ours has 1"),
+        ({"layer": "Mamba2", "norm_before_gate": True}, "norm_before_gate=True"),
+        ({"layer": "Mamba2", "dt_limit": [0.0, 0.5]}, r"dt_limit=\[0.0, 0.5\]"),
+    ],
+)
+def test_what_ours_does_not_compute_is_refused(layer: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        mamba2.settings_from_upstream(MAMBA | {"ssm_cfg": layer})
+
+
+def test_another_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="no d_model"):
+        mamba2.settings_from_upstream({"model_type": "mamba2", "layer": "Mamba2"})
 
 
 def test_logits_equal_those_of_transformers() -> None:
@@ -559,7 +612,7 @@ def test_the_fused_step_is_the_eager_one(kept: str, monkeypatch: pytest.MonkeyPa
     for position in range(4, 9):
         x = model.embed(tokens[:, position])
         for block, *memory in zip(model.blocks, state.columns, state.matrices, strict=True):
-            x = mamba2.fused_step(block, x, None, *memory)
+            x = mamba2.fused_step(block, x, *memory)
     contract.assert_same(model.head(model.norm(x)), expected[:, -1], "logits", 1e-12)
     contract.assert_same(state.matrices, exact.matrices, "S", 1e-12)
     contract.assert_same(state.columns, exact.columns, "inputs of the convolution", 1e-12)

@@ -163,7 +163,10 @@ def test_an_unknown_gpu_gives_no_figure_but_a_warning() -> None:
     (case,) = cases([TINY[0]], device="cuda", batch_sizes=(1,))
     row = predict.resolve([case], "NVIDIA GeForce GTX 1080")[case.key]
     assert row["floor_s"] is None
-    assert "No lower bounds" in row["warnings"][0]
+    (warning,) = row["warnings"]
+    assert "No lower bounds: the ceilings of NVIDIA GeForce GTX 1080 are unknown" in warning
+    (warning,) = predict.resolve([case], None)[case.key]["warnings"]
+    assert "no GPU is seen here" in warning and "--gpu H100" in warning
     (case,) = cases([TINY[0]], batch_sizes=(1,))
     assert predict.resolve([case])[case.key]["warnings"] == []
 
@@ -220,7 +223,10 @@ def test_the_table_of_a_match_shows_every_width_and_ratio() -> None:
 
 @pytest.mark.parametrize("budget", predict.BUDGETS)
 def test_matched_widths_are_the_nearest(budget: str) -> None:
-    first, other = parse("dense:num_layers=4"), parse("cat-8:num_layers=4")
+    texts = ["dense:num_layers=4", "cat-8:num_layers=4"]
+    if budget == "state":  # the other way round, CAT would become 21 times as large as Dense
+        texts.reverse()
+    first, other = map(parse, texts)
     specs = predict.matched([first, other], budget, 64, 256)
     assert specs[0] == first
     width = specs[1].overrides["width"]
@@ -228,7 +234,7 @@ def test_matched_widths_are_the_nearest(budget: str) -> None:
 
     def distance(width: int) -> float:
         (case,) = cases(
-            [f"cat-8:num_layers=4,width={width}"],
+            [f"{texts[1]},width={width}"],
             device="cuda",
             batch_sizes=(64,),
             seq_lens=(256,),
@@ -237,6 +243,57 @@ def test_matched_widths_are_the_nearest(budget: str) -> None:
 
     assert distance(width) <= distance(width - 64)
     assert distance(width) <= distance(width + 64)
+
+
+SHALLOW = "dense:width=256,num_layers=2,vocab_size=99"
+WINDOW = "sliding_window:window=16"
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "said"),
+    [
+        ("dense", WINDOW, "no width of .* comes near dense; the nearest, 16384, gives 0.06"),
+        (WINDOW, "dense", "no width of dense comes near .*; the nearest, 64, gives 16.00"),
+    ],
+)
+def test_a_budget_that_no_width_reaches_is_refused(first: str, other: str, said: str) -> None:
+    """The state of Dense has 4096 rows, that of the window 16."""
+    with pytest.raises(UserError, match=f"--match state: {said} times its state") as caught:
+        predict.matched([parse(first), parse(other)], "state", 1, 4096)
+    assert "Put another -a first" in caught.value.hint
+
+
+def test_a_match_out_of_all_proportion_is_refused() -> None:
+    """An eighth of the rows needs eight times the width."""
+    first, other = parse("dense"), parse("sliding_window:window=128")
+    said = r"only at width 8192, with 10,\d\d\d M parameters, 41 times as many"
+    with pytest.raises(UserError, match=said) as caught:
+        predict.matched([first, other], "state", 1, 1024)
+    assert "drop --match and give -a sliding_window:width=8192,window=128" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "budget", "off_by"),
+    [
+        ("dense", "cat-8", "latency", 0.05),  # 4.2 times Dense's parameters, but CAT's usual size
+        ("dense:width=4096", "mamba2", "params", 0.05),  # 13 times its default; the first has so
+        (SHALLOW, "dense:num_layers=3,vocab_size=99", "params", 0.25),  # widths are 64 apart
+    ],
+)
+def test_large_and_small_models_at_equal_budgets_are_matched(
+    first: str, other: str, budget: str, off_by: float
+) -> None:
+    specs = predict.matched([parse(first), parse(other)], budget, 64, 1024)
+    (case, *_) = cases([specs[1].text], device="cuda", batch_sizes=(64,), seq_lens=(1024,))
+    row = predict.resolve([case], None, budget, specs[0])[case.key]
+    assert row["match_ratio"] == pytest.approx(1, abs=off_by)
+    assert any("off by more than 5 %" in text for text in row["warnings"]) == (off_by > 0.05)
+
+
+def test_a_match_needs_no_valid_default_width() -> None:
+    """Three key-value heads divide no width of 1024."""
+    specs = predict.matched([parse("dense"), parse("dense:num_kv_heads=3")], "params", 1, 64)
+    assert specs[1].overrides["width"] % 192 == 0
 
 
 def test_a_match_at_the_default_width_has_the_default_text() -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cat_bench import runner
+from cat_bench import runner, user_code
 from cat_bench.case import Case, Record
 from cat_bench.errors import UserError
+from cat_bench.spec import resolve
 from cat_bench.store import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -418,6 +419,56 @@ def test_resume_elsewhere_is_refused(tmp_path, key, now, says):
     assert "Start a new run" in caught.value.hint
 
 
+@pytest.fixture
+def edited(world, tmp_path):
+    """Two cases of a file, one of a file of ours; the file has changed since they were planned."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(ARCHITECTURE)
+    cases = [replace(plain_case("ok", size), arch=str(mine)) for size in (1, 2)]
+    planned = user_code.source_hash(resolve(str(mine)))
+    resolved = {case.key: {"source_hash": planned} for case in cases}
+    run = Run.create(tmp_path, "test", {}, [*cases, plain_case("ok")], resolved)
+    mine.write_text(ARCHITECTURE + "# edited\n")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("status", "retry", "mixed"),
+    [
+        ("ok", set(), True),
+        ("oom", set(), True),
+        ("oom", {"oom"}, False),  # measured again
+        ("failed", set(), False),
+        (None, set(), False),
+    ],
+)
+def test_a_resume_is_refused_where_two_versions_would_be_measured(edited, status, retry, mixed):
+    key = next(iter(edited.cases()))
+    if status is not None:
+        edited.append([Record(key, "case", 1.0, "s", status=status)])
+    assert len(runner.edited_files(edited, retry)) == 1
+    if not mixed:
+        runner.check_resume(edited, {}, retry)
+        return
+    with pytest.raises(UserError, match="mine.py, or a file beside it .* changed since the plan"):
+        runner.check_resume(edited, {}, retry)
+
+
+def test_a_file_of_closed_cases_may_change(edited):
+    for key in list(edited.cases())[:2]:
+        edited.append([Record(key, "case", 1.0, "s")])
+    assert runner.edited_files(edited) == {}
+    runner.check_resume(edited, {})
+
+
+def test_a_file_that_is_edited_during_a_sweep_is_not_measured(measured, edited):
+    cases = edited.cases().values()
+    assert runner.execute(cases, edited) == runner.Summary(ok=1, failed=2)
+    assert [edited.cases()[key].arch for key in measured] == ["dense"]
+    error = closing(edited, next(iter(cases)))["error"]
+    assert error.startswith("not measured: ") and "has changed since the plan" in error
+
+
 def test_the_driver_needs_no_torch():
     code = "import cat_bench.runner, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -475,6 +526,40 @@ def test_weights_that_cannot_be_loaded_are_never_random_instead(world):
 
     with pytest.raises(UserError, match="weights 'abc' cannot be loaded"):
         build_model(make_case(world, weights="abc"))
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(ValueError, "planted"), (RuntimeError, "CUDA out of memory"), (OSError, "disk")],
+)
+def test_a_model_that_fails_in_the_worker_is_no_lack_of_the_machine(tmp_path, error, text):
+    """The error itself leaves: the row is then failed with its traceback, or out of memory."""
+    from cat_bench.worker import build_model
+
+    line = "        super().__init__()\n"
+    assert ARCHITECTURE.count(line) == 1
+    raising = f"        raise {error.__name__}({text!r})\n"
+    (tmp_path / "tiny.py").write_text(ARCHITECTURE.replace(line, raising))
+    with pytest.raises(error, match=text):
+        build_model(make_case(tmp_path))
+
+
+def test_a_step_may_import_what_lies_beside_its_file(tmp_path, monkeypatch):
+    from cat_bench import worker
+
+    (tmp_path / "cat_bench_beside.py").write_text("VALUE = 7\n")
+    late = "        import cat_bench_beside\n        return cat_bench_beside.VALUE\n"
+    step = "    def step(self, token, state):\n"
+    (tmp_path / "tiny.py").write_text(ARCHITECTURE.replace(step, step + late))
+    case = make_case(tmp_path)
+
+    class Suite:
+        @staticmethod
+        def measure(case, model):
+            yield Record(case.key, "step", model.step(0, 0), "1")
+
+    monkeypatch.setattr(worker, "load", lambda name: Suite)
+    assert [record.value for record in worker.measure(case)] == [7]
 
 
 def test_an_unknown_forward_path_is_refused(world):

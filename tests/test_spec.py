@@ -188,7 +188,7 @@ def test_submodules_are_looked_for_and_other_types_refused(tmp_path: Path):
 
 def test_the_fused_forward_of_mamba2_needs_the_compiled_convolution():
     info = spec.describe("mamba2")
-    assert info.packages("decode", "upstream") == ("mamba_ssm",)
+    assert info.packages("decode", "upstream") == ("mamba_ssm", "triton")
     assert info.packages("forward", "upstream") == ("mamba_ssm", "causal_conv1d")
 
 

@@ -18,7 +18,9 @@ from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.tables import Table
 
-SMOKE_VALUES = {"num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16}
+SMOKE_VALUES = {
+    "num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16, "key_width": 16,
+}  # fmt: skip
 SMOKE_WIDTH_DIVISOR, SMOKE_MIN_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 
 HALF_WINDOW = ("gdn-h1",)  # the window is half the length: 512 at 1K, 2048 at 4K (cat_spec.md 1.7)

@@ -112,12 +112,45 @@ def test_chunk_block_equals_the_block(chunk_size: int) -> None:
         assert max(map(relative, grads, expected_grads)) < bound
 
 
+@pytest.mark.parametrize("chunk_size", [8, 64, 65, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("e", [16, 32, 128])
-def test_other_head_widths(e: int) -> None:
+def test_other_head_widths(e: int, dtype: torch.dtype, chunk_size: int) -> None:
     tensors = inputs(1, 2, 1, 777, e)
+    expected = results(tensors, "eager", chunk_size, "first")
+    half = [x.to(dtype) for x in tensors]
+    if dtype == torch.float32 and e == 128 and chunk_size > 64:
+        with pytest.raises(ValueError, match="chunk_size up to 64 in float32 with head width 128"):
+            results(half, "fused", chunk_size, "first")
+        return
+    fused = results(half, "fused", chunk_size, "first")
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    assert max(relative(*pair) for pair in zip(fused, expected, strict=True)) < bound
+
+
+@pytest.mark.parametrize("t", [4097, 16_385])
+def test_long_sequences(t: int) -> None:
+    """Beyond 256 chunks the kernels take other launches."""
+    tensors = inputs(1, 2, 2, t)
     expected = results(tensors, "eager", 8, "first")
     fused = results([x.bfloat16() for x in tensors], "fused", 8, "first")
     assert max(relative(*pair) for pair in zip(fused, expected, strict=True)) < 2e-2
+
+
+def test_heads_and_rows_that_lie_far_apart() -> None:
+    """Offsets beyond 2^31 elements: between heads, and between the rows of one tile."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for far in (1, 2):  # (b, h, t, e): heads, then rows
+        shape = (1, 3, 40, 64)
+        strides = [0, 64 * 40, 64, 1]
+        strides[far] = 1_100_000_000 if far == 1 else 60_000_000
+        one = torch.empty(2_500_000_000, dtype=torch.bfloat16, device="cuda")
+        q, k, v, do = (torch.randn(shape, generator=generator, device="cuda") for _ in range(4))
+        spread = one.as_strided(shape, strides)
+        spread.copy_(k)
+        expected = results([q.bfloat16(), spread.clone(), v.bfloat16(), do], "fused", 8, "first")
+        got = results([q.bfloat16(), spread, v.bfloat16(), do], "fused", 8, "first")
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 def test_two_parts_equal_eager_on_the_gpu() -> None:

@@ -103,6 +103,22 @@ def test_forward_and_gradients_equal_eager(subject: Subject, path: str, dtype: s
             assert error < 3 * bound, f"gradient of {name}: {error:.1e}"
 
 
+@pytest.mark.parametrize(("subject", "path"), fast_subjects("forward"))
+def test_checkpointing_keeps_the_gradients(subject: Subject, path: str) -> None:
+    """The same kernels on the same inputs, once more in the backward pass."""
+    model = subject.model("float32", device="cuda", std=STD, forward_path=path)
+    tokens = subject.tokens(3, 64).cuda()
+    found = []
+    for checkpointed in (False, True):
+        model.checkpoint_blocks = checkpointed
+        model.zero_grad()
+        model.forward(tokens).square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert model.num_checkpointed >= subject.config.num_layers
+    for got, expected in zip(*found, strict=True):
+        assert contract.relative_norm(got, expected) < 1e-5 or not expected.any()
+
+
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())
 def test_bfloat16_by_relative_norm(subject: Subject, path: str) -> None:
     eager, fast = pair(subject, path, "bfloat16")
