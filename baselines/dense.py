@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import HEAD_WIDTH, Attend, causal_attention, check_width, rope_table
+from cat_bench.architecture import Cost, full_label
+from cat_bench.blocks import HEAD_WIDTH, Attend, causal_attention, check_width
 from cat_bench.graph import CapturedStep, Rows
-from cat_bench.language_model import Transformer
+from cat_bench.language_model import Transformer, check_counts
 
 PRESETS = {
     "dense-2d": {"width": 2048},
@@ -38,11 +38,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_width(self.width, self.num_kv_heads)
-        if self.num_layers < 1 or self.vocab_size < 2:
-            raise ValueError(
-                f"num_layers must be at least 1 and vocab_size at least 2, "
-                f"got {self.num_layers} and {self.vocab_size}."
-            )
+        check_counts(self.num_layers, self.vocab_size)
 
     @property
     def label(self) -> str:
@@ -73,32 +69,14 @@ class Model(Transformer):
         buffers = State(like.new_zeros(shape), like.new_zeros(shape), 0, None)
         return buffers._replace(captured=self.capture(buffers, max_len, growing_rows))
 
-    def reset(self, state: State) -> State:
-        return state._replace(num_tokens=0)  # rows past the counter are never read
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+    ) -> Tensor:
+        end = start + k.shape[2]
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        return causal_attention(q, keys[:, :, :end], values[:, :, :end])
 
-    def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
-        """Read `tokens` into the state; return the logits of the token after the last one."""
-        start, end = state.num_tokens, state.num_tokens + tokens.shape[1]
-        self._check_room(end, state)
-        rope = rope_table(torch.arange(start, end, device=tokens.device), self.config.rope_base)
-        x = self.embed(tokens)  # (b, t, d)
-        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
-                keys[:, :, start:end], values[:, :, start:end] = k, v
-                return causal_attention(q, keys[:, :, :end], values[:, :, :end])
-
-            x = self.prefill_block(block, x, rope, attend)
-        return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
-
-    def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        if state.captured is None:
-            return self.prefill(token[:, None], state)
-        self._check_room(state.num_tokens + 1, state)
-        logits = state.captured(token, state.num_tokens)
-        return logits, state._replace(num_tokens=state.num_tokens + 1)
-
-    def _check_room(self, end: int, state: State) -> None:
+    def check_room(self, end: int, state: State) -> None:
         if end > state.keys.shape[3]:
             raise ValueError(
                 f"the state holds {state.keys.shape[3]} tokens; token {end} was given."

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import HEAD_WIDTH, Attend, check_width, rope_table
+from cat_bench.architecture import Cost, full_label
+from cat_bench.blocks import HEAD_WIDTH, Attend, check_width
 from cat_bench.graph import CapturedStep
-from cat_bench.language_model import Transformer
+from cat_bench.language_model import Transformer, check_counts
 from cat_bench.window import (
     check_ring,
     flex_window_attention,
@@ -57,11 +57,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_width(self.width, self.num_kv_heads)
-        if self.num_layers < 1 or self.vocab_size < 2:
-            raise ValueError(
-                f"num_layers must be at least 1 and vocab_size at least 2, "
-                f"got {self.num_layers} and {self.vocab_size}."
-            )
+        check_counts(self.num_layers, self.vocab_size)
         if self.window < 1:
             raise ValueError(
                 f"window must be at least 1 (the token itself counts), got {self.window}."
@@ -100,29 +96,13 @@ class Model(Transformer):
         captured = self.capture(buffers, max_len, lambda position: ring_rows(position, num_rows))
         return buffers._replace(captured=captured)
 
-    def reset(self, state: State) -> State:
-        return state._replace(num_tokens=0)  # rows that were not written anew are never read
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+    ) -> Tensor:
+        return ring_attention(q, k, v, keys, values, start, self.config.window)
 
-    def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
-        """Read `tokens` into the state; return the logits of the token after the last one."""
-        start, end = state.num_tokens, state.num_tokens + tokens.shape[1]
+    def check_room(self, end: int, state: State) -> None:
         check_ring(end, state.keys.shape[3], self.config.window)
-        rope = rope_table(torch.arange(start, end, device=tokens.device), self.config.rope_base)
-        x = self.embed(tokens)  # (b, t, d)
-        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
-                return ring_attention(q, k, v, keys, values, start, self.config.window)
-
-            x = self.prefill_block(block, x, rope, attend)
-        return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
-
-    def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        if state.captured is None:
-            return self.prefill(token[:, None], state)
-        check_ring(state.num_tokens + 1, state.keys.shape[3], self.config.window)
-        logits = state.captured(token, state.num_tokens)
-        return logits, state._replace(num_tokens=state.num_tokens + 1)
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
         """2 (key, value) x layers x batch x min(window, tokens) x kv width x bytes per element."""

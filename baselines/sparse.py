@@ -23,12 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cat_bench.architecture import Cost, NextLogits, Token, Tokens, full_label
-from cat_bench.blocks import HEAD_WIDTH, Attend, attention, check_width, rope_table
+from cat_bench.architecture import Cost, full_label
+from cat_bench.blocks import HEAD_WIDTH, Attend, attention, check_width
 from cat_bench.chunk_attention import MAX_FUSED_CHUNK, chunk_attention
 from cat_bench.errors import UserError, require_cuda
 from cat_bench.graph import CapturedStep, Rows
-from cat_bench.language_model import Transformer
+from cat_bench.language_model import Transformer, check_counts
 
 PRESETS = {
     "sparse-2d": {"width": 2048},
@@ -56,11 +56,7 @@ class Config:
             raise ValueError(
                 f"stride must be at least 1 (1 sees every token, as Dense does), got {self.stride}."
             )
-        if self.num_layers < 1 or self.vocab_size < 2:
-            raise ValueError(
-                f"num_layers must be at least 1 and vocab_size at least 2, "
-                f"got {self.num_layers} and {self.vocab_size}."
-            )
+        check_counts(self.num_layers, self.vocab_size)
 
     @property
     def label(self) -> str:
@@ -112,44 +108,24 @@ class Model(Transformer):
         )
         return buffers._replace(captured=captured)
 
-    def reset(self, state: State) -> State:
-        return state._replace(num_tokens=0)  # rows past the counter are never read
-
-    def prefill(self, tokens: Tokens, state: State) -> tuple[NextLogits, State]:
-        """Read `tokens` into the state; return the logits of the token after the last one.
-
-        The new queries read the live rows of the cache and all new keys; only then is the cache
-        written, because new rows may replace those of a block that has closed. On `cuda_graph` a
-        first prompt goes through the kernels of chunk_attention, whose work grows with t / S; else
-        the pattern is a mask, which costs what Dense costs.
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+    ) -> Tensor:
+        """The new queries read the live rows of the cache and all new keys; only then is the cache
+        written, because new rows may replace those of a block that has closed.
         """
-        start, end = state.num_tokens, state.num_tokens + tokens.shape[1]
-        self._check_room(end, state)
-        new = torch.arange(start, end, device=tokens.device)
-        rope = rope_table(new, self.config.rope_base)
-        attend_seen = self._attend_live(start, end, tokens.device)
-        x = self.embed(tokens)  # (b, t, d)
-        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
-                all_k = torch.cat([*self._live(keys, start), k], dim=2)
-                all_v = torch.cat([*self._live(values, start), v], dim=2)
-                self._store(k, keys, start)
-                self._store(v, values, start)
-                return attend_seen(q, all_k, all_v)
-
-            x = self.prefill_block(block, x, rope, attend)
-        return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
-
-    def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        if state.captured is None:
-            return self.prefill(token[:, None], state)
-        self._check_room(state.num_tokens + 1, state)
-        logits = state.captured(token, state.num_tokens)
-        return logits, state._replace(num_tokens=state.num_tokens + 1)
+        all_k = torch.cat([*self._live(keys, start), k], dim=2)
+        all_v = torch.cat([*self._live(values, start), v], dim=2)
+        self._store(k, keys, start)
+        self._store(v, values, start)
+        return self._attend_live(start, start + k.shape[2], q.device)(q, all_k, all_v)
 
     def _attend_live(self, start: int, end: int, device: torch.device) -> Attend:
-        """Attention of the tokens start .. end - 1 over the live rows, then over themselves."""
+        """Attention of the tokens start .. end - 1 over the live rows, then over themselves.
+
+        On `cuda_graph` a first prompt goes through the kernels of chunk_attention, whose work grows
+        with t / S; else the pattern is a mask, which costs what Dense costs.
+        """
         stride = self.config.stride
         if end - start == 1:  # it sees all that is live: no mask tensor, so flash kernels apply
             return attention
@@ -177,7 +153,7 @@ class Model(Transformer):
         first_open = cache.shape[2] - stride - block_start  # position p lies in row first_open + p
         cache[:, :, first_open + tail_start : first_open + end] = new[:, :, tail_start - start :]
 
-    def _check_room(self, end: int, state: State) -> None:
+    def check_room(self, end: int, state: State) -> None:
         columns = state.keys.shape[3] - self.config.stride
         if end // self.config.stride > columns:
             raise ValueError(

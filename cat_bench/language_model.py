@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
-from cat_bench.architecture import Cost, Logits, NextLogits, Tokens
+from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
 from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, norm_linear, plain_block
 
@@ -66,6 +66,15 @@ def within_budget(compiled: Callable, memory_budget: float) -> Callable:
 def _undefined(model: nn.Module, method: str) -> NotImplementedError:
     """What a base class raises for a method that only its subclasses can know."""
     return NotImplementedError(f"the class {type(model).__name__} must define {method}")
+
+
+def check_counts(num_layers: int, vocab_size: int) -> None:
+    """Raises ValueError for a model without layers, or with nothing to choose from."""
+    if num_layers < 1 or vocab_size < 2:
+        raise ValueError(
+            f"num_layers must be at least 1 and vocab_size at least 2, "
+            f"got {num_layers} and {vocab_size}."
+        )
 
 
 class LanguageModel(ForwardPath):
@@ -158,7 +167,7 @@ class LanguageModel(ForwardPath):
 class Transformer(LanguageModel):
     """Blocks of attention and SwiGLU over rows of a cache: who sees whom is the subclass's.
 
-    A State of a subclass has `keys`, `values` (l, b, g, s, e) and `captured`.
+    A State of a subclass has `keys`, `values` (l, b, g, s, e), `num_tokens` and `captured`.
     """
 
     def __init__(self, config: Any, decode_path: str, forward_path: str):
@@ -178,6 +187,42 @@ class Transformer(LanguageModel):
         for block in self.blocks:
             x = self.on_forward_path(block)(x, rope, attend)
         return self.norm(x)
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+    ) -> Tensor:
+        """Attention of the tokens start, start + 1, ... over a layer's cached rows and themselves.
+
+        q (b, h, t, e), k v (b, g, t, e) -> (b, h, t, e). Their rows that later tokens read go into
+        keys, values (b, g, s, e), in place.
+        """
+        raise _undefined(self, "attend_cached(q, k, v, keys, values, start)")
+
+    def check_room(self, end: int, state: Any) -> None:
+        """Raises ValueError where the state has no room for token number `end`."""
+        raise _undefined(self, "check_room(end, state)")
+
+    def reset(self, state: Any) -> Any:
+        return state._replace(num_tokens=0)  # rows that were not written anew are never read
+
+    def prefill(self, tokens: Tokens, state: Any) -> tuple[NextLogits, Any]:
+        """Read `tokens` into the state; return the logits of the token after the last one."""
+        start, end = state.num_tokens, state.num_tokens + tokens.shape[1]
+        self.check_room(end, state)
+        rope = rope_table(torch.arange(start, end, device=tokens.device), self.config.rope_base)
+        x = self.embed(tokens)  # (b, t, d)
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+            attend = partial(self.attend_cached, keys=keys, values=values, start=start)
+            x = self.prefill_block(block, x, rope, attend)
+        return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
+
+    def step(self, token: Token, state: Any) -> tuple[NextLogits, Any]:
+        """The captured step where there is one; else a prefill of one token."""
+        if state.captured is None:
+            return self.prefill(token[:, None], state)
+        self.check_room(state.num_tokens + 1, state)
+        logits = state.captured(token, state.num_tokens)
+        return logits, state._replace(num_tokens=state.num_tokens + 1)
 
     def capture(
         self, buffers: Any, max_len: int, rows_of: Callable[[Tensor], Rows]

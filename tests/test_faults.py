@@ -16,7 +16,7 @@ from contract import CHECKS, Subject
 from torch import Tensor
 
 from baselines import dense
-from cat_bench import blocks, cat
+from cat_bench import blocks, cat, language_model
 from cat_bench.architecture import Cost, step_flops
 
 CAT, DENSE = contract.subjects_of("cat")[0], contract.subjects_of("dense")[0]
@@ -51,7 +51,7 @@ class DenseRopeRestartsInPrefill(dense.Model):
         def from_zero(ids: Tensor, base: float) -> blocks.Rope:
             return blocks.rope_table(ids - ids[0], base)
 
-        with mock.patch.object(dense, "rope_table", from_zero):
+        with mock.patch.object(language_model, "rope_table", from_zero):
             return super().prefill(tokens, state)
 
 
