@@ -10,6 +10,7 @@ from cat_bench.columns import TRAINING_PARTS, digits, milliseconds
 from cat_bench.measurements import closed_rows, is_reference, latency_samples
 
 MAX_PARTS_GAP = 0.05  # forward + backward + optimizer against the whole training step
+MIN_LAUNCH_SHARE = 0.95  # of a step: GPU-bound, the launches end well before it
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 
 
@@ -62,7 +63,8 @@ def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
         gap = row.get("step_sum_difference")
         if pd.notna(gap):
             found.append(f"warning: {name}: the instrumented steps add up to {100 * gap:+.1f} %.")
-    return (*found, *disturbances(rows), *_slow_downs(rows), *_reference_drift(records))
+    found += [*disturbances(rows), *bound_by_launches(rows), *_slow_downs(rows)]
+    return (*found, *_reference_drift(records))
 
 
 def disturbances(rows: pd.DataFrame) -> tuple[str, ...]:
@@ -75,6 +77,20 @@ def disturbances(rows: pd.DataFrame) -> tuple[str, ...]:
         f"warning: {_case_name(row)}: measured under disturbance: parts sum to "
         f"{milliseconds(sums[index])} of {milliseconds(row['train_step_s'])} ms."
         for index, row in disturbed.iterrows()
+    )
+
+
+def bound_by_launches(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A warning per training case whose step ends when Python has launched it: not the GPU, but the
+    processor beside it sets its time.
+    """
+    if not {"train_step_s", "launch_s"} <= set(rows):
+        return ()
+    bound = rows[rows["launch_s"] > MIN_LAUNCH_SHARE * rows["train_step_s"]]
+    return tuple(
+        f"warning: {_case_name(row)}: bound by the host: launching its kernels takes "
+        f"{milliseconds(row['launch_s'])} of {milliseconds(row['train_step_s'])} ms."
+        for _, row in bound.iterrows()
     )
 
 

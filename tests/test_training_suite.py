@@ -268,7 +268,11 @@ def test_mfu_needs_a_known_gpu() -> None:
 
 
 def made_up(
-    results: Path, cases: list[Case], factor: float = 1.0, cat_parts: float = 1.0
+    results: Path,
+    cases: list[Case],
+    factor: float = 1.0,
+    cat_parts: float = 1.0,
+    launch_share: float = 0.5,
 ) -> store.Run:
     """A run in which CAT takes 3 s a step, Dense-2D 2 s and Dense 1 s, times `factor`.
 
@@ -292,6 +296,7 @@ def made_up(
             Record(case.key, "forward_s", 0.4 * parts_s, "s"),
             Record(case.key, "backward_s", 0.5 * parts_s, "s"),
             Record(case.key, "optimizer_s", 0.1 * parts_s, "s"),
+            Record(case.key, "launch_s", launch_share * s, "s"),
         ]
         run.append([*rows, Record(case.key, "case", 1.0, "s")])
     return run
@@ -321,6 +326,14 @@ def test_parts_that_do_not_sum_to_the_step_are_said(tmp_path: Path, share: float
         "warning: CAT-8, batch 16, length 1024: measured under disturbance: parts sum to "
         f"{3000 * share:,.0f} of 3,000 ms."
     ]
+
+
+def test_a_step_that_waits_for_its_launches_is_said(tmp_path: Path) -> None:
+    (dense,) = plan([parse("dense")], Options(device="cuda", seq_lens=(1024,)))
+    for share, expected in ((0.9, []), (0.99, ["launching its kernels takes 990 of 1,000 ms"])):
+        notes = tables.run_table(made_up(tmp_path, [dense], launch_share=share)).notes
+        said = [note for note in notes if "bound by the host" in note]
+        assert len(said) == len(expected) and all(text in said[0] for text in expected)
 
 
 def test_a_drift_reference_adds_no_table_of_steps(tmp_path: Path) -> None:

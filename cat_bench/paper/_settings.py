@@ -18,11 +18,6 @@ from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.tables import Table
 
-SMOKE_VALUES = {
-    "num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16, "key_width": 16,
-}  # fmt: skip
-SMOKE_WIDTH_DIVISOR, SMOKE_MIN_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
-
 HALF_WINDOW = ("gdn-h1",)  # the window is half the length: 512 at 1K, 2048 at 4K (cat_spec.md 1.7)
 
 # Labels of the paper's tables, by the name an exhibit asks for. Others keep their name (`label`).
@@ -139,12 +134,10 @@ def _lacks(name: str, scale: str) -> str:
 
 def arch_text(name: str, scale: str, seq_len: int) -> str:
     """The canonical spec of an available `name` at this scale, long enough for `seq_len` tokens."""
-    parsed = spec.parse(name)
+    parsed = spec.tiny(spec.parse(name)) if scale == "smoke" else spec.parse(name)
     info = _info(parsed.name)
     values = {key: field.default for key, field in info.fields.items()} | parsed.overrides
     changed = dict(parsed.overrides)
-    if scale == "smoke":
-        changed |= _shrunk(values)
     if name in HALF_WINDOW:
         changed["window"] = _half(seq_len)
     if isinstance(values.get("max_len"), int) and values["max_len"] < seq_len:
@@ -160,16 +153,6 @@ def _half(seq_len: int) -> int:
 
 def _info(name: str) -> spec.ArchitectureInfo:
     return next(info for info in spec.architectures() if info.name == name)
-
-
-def _shrunk(values: dict[str, spec.Value]) -> dict[str, spec.Value]:
-    """Tiny sizes for fields of known names; a field without a value follows from the others."""
-    tiny = {key: value for key, value in SMOKE_VALUES.items() if values.get(key) is not None}
-    for key in ("width", "decoder_width"):
-        width = values.get(key)
-        if isinstance(width, int):
-            tiny[key] = max(SMOKE_MIN_WIDTH, width // SMOKE_WIDTH_DIVISOR)
-    return tiny
 
 
 def timed_cases(

@@ -24,7 +24,7 @@ from cat_bench.columns import (
     percent,
     whole,
 )
-from cat_bench.notes import disturbances, failures, foreign_dense
+from cat_bench.notes import bound_by_launches, disturbances, failures, foreign_dense
 from cat_bench.paper import _curves, _published, _settings
 from cat_bench.paper._settings import Content
 
@@ -92,7 +92,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         *_curves.patterns(rows),
         *failures(rows),
     ]
-    notes += [*foreign_dense(rows), *disturbances(rows)]
+    notes += [*foreign_dense(rows), *disturbances(rows), *bound_by_launches(rows)]
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []

@@ -17,6 +17,7 @@ Try it: cat-bench run training -a dense -a cat:chunk_size=8 --quick
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -294,18 +295,26 @@ def _step_rows(case: Case, timing: "Timing") -> Iterator[Record]:
 
 
 def _part_rows(case: Case, step: Step, repeats: int) -> Iterator[Record]:
-    """Forward with loss, backward, and optimizer with clipping: timed apart from the repeats."""
+    """Forward with loss, backward, and optimizer with clipping: timed apart from the repeats.
+
+    On a GPU also how long Python takes to launch a step: close to the step, it is what bounds it.
+    """
     from cat_bench.profiler import Marks, synchronize
 
     parts: list[list[float]] = []
+    launches_s: list[float] = []
     for _ in range(repeats):
         marks = Marks(case.device)
+        start_s = time.perf_counter()
         marks.add()
         step(marks.add)
+        launches_s.append(time.perf_counter() - start_s)
         synchronize(case.device)
         parts.append(marks.intervals_s())
     for name, samples in zip(PARTS, zip(*parts, strict=True), strict=True):
         yield _sampled(case, f"{name}_s", list(samples), "s")
+    if case.device == "cuda":
+        yield _sampled(case, "launch_s", launches_s, "s")
 
 
 def _memory_rows(case: Case) -> Iterator[Record]:
