@@ -1,6 +1,7 @@
 """Triton kernels of recurrent layers: short convolutions, Taylor linear attention, the gated delta
-rule, Mamba-2. The state is read once and written once, in place, in one launch; each kernel's
-reference is in graph.py. A state is older than the kernel before, so it may be read early.
+rule, Mamba-2. The state is read once and written once, in place, in one launch; what each computes
+stands in recurrent_steps.py, as <name>_reference. A state is older than the kernel before, so it
+may be read early.
 
 Shapes: b batch, t tokens, h heads, w window of a convolution, m channels; others stand at each.
 """
@@ -18,9 +19,9 @@ def conv_step(
 ) -> Tensor:
     """One token of a causal depthwise convolution, its window moved on: one launch.
 
-    Reference: graph.conv_step_reference. new (b, m), last dimension contiguous; inputs (b, w, m),
-    oldest first, changed in place to hold `new` last; weight (m, w), newest last; bias (m,).
-    Returns (b, m) in new's dtype; sums in float32.
+    new (b, m), last dimension contiguous; inputs (b, w, m), oldest first, changed in place to hold
+    `new` last; weight (m, w), newest last; bias (m,). Returns (b, m) in new's dtype; sums in
+    float32.
     """
     batch_size, width, channels = inputs.shape
     out = torch.empty(batch_size, channels, dtype=new.dtype, device=new.device)
@@ -69,9 +70,9 @@ def conv_rows(
 ) -> Tensor:
     """`conv_step` for any number of tokens: one launch, then the window is moved on.
 
-    Reference: graph.conv_rows_reference. new (b, t, m), last dimension contiguous; inputs
-    (b, w, m), oldest first, changed in place to hold the last w inputs; weight (m, w), newest last;
-    bias (m,). Returns (b, t, m) in new's dtype; sums in float32.
+    new (b, t, m), last dimension contiguous; inputs (b, w, m), oldest first, changed in place to
+    hold the last w inputs; weight (m, w), newest last; bias (m,). Returns (b, t, m) in new's dtype;
+    sums in float32.
     """
     (batch_size, num_rows, channels), width = new.shape, inputs.shape[1]
     out = torch.empty(new.shape, dtype=new.dtype, device=new.device)
@@ -126,9 +127,8 @@ TAYLOR_STAGES = 3  # tiles under way at once
 def taylor_step(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> Tensor:
     """One token of BASED's linear attention: each sum is read once and written once, one launch.
 
-    Reference: graph.taylor_step_reference. q, k (b, h f), v (b, h e), last dimension contiguous;
-    sums (b, h, p, e), norms (b, h, p), float32, contiguous, changed in place. Returns (b, h e) in
-    v's dtype.
+    q, k (b, h f), v (b, h e), last dimension contiguous; sums (b, h, p, e), norms (b, h, p),
+    float32, contiguous, changed in place. Returns (b, h e) in v's dtype.
     """
     batch_size, num_heads, _, width = sums.shape
     feature_dim = q.shape[1] // num_heads
@@ -208,8 +208,8 @@ def delta_step(
 ) -> Tensor:
     """One token of the gated delta rule: the memory is read once and written once, in place.
 
-    Reference: graph.delta_step_reference. qkv (b, h (2p + e)) and a, b (b, h), last dimension
-    contiguous; matrix (b, h, p, e) float32, contiguous. Returns (b, h, e) float32.
+    qkv (b, h (2p + e)) and a, b (b, h), last dimension contiguous; matrix (b, h, p, e) float32,
+    contiguous. Returns (b, h, e) float32.
     """
     batch_size, num_heads, key_width, value_width = matrix.shape
     block = min(DELTA_COLUMNS, triton.next_power_of_2(value_width))
@@ -275,8 +275,8 @@ def _unit_vector(x_ptr, inside):
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm(x) silu(gate), head by head, in float32.
 
-    Reference: graph.gated_rms_norm_reference. x (b, h, e) contiguous, gate (b, h e), last dimension
-    contiguous, weight (e,). Returns (b, h e) in gate's dtype.
+    x (b, h, e) contiguous, gate (b, h e), last dimension contiguous, weight (e,). Returns (b, h e)
+    in gate's dtype.
     """
     batch_size, num_heads, width = x.shape
     out = torch.empty(batch_size, num_heads * width, dtype=gate.dtype, device=gate.device)
@@ -318,8 +318,8 @@ def ssm_step(
 ) -> Tensor:
     """One token of a Mamba-2 layer: S is read once and written once, in place; gated output.
 
-    Reference: graph.ssm_step_reference. xbc (b, h e + 2n), dt (b, h), z (b, h e), last dimension
-    contiguous; A_log, dt_bias, D (h,); matrix (b, h, e, n), contiguous. Returns (b, h e), as xbc.
+    xbc (b, h e + 2n), dt (b, h), z (b, h e), last dimension contiguous; A_log, dt_bias, D (h,);
+    matrix (b, h, e, n), contiguous. Returns (b, h e), as xbc.
     """
     batch_size, num_heads, width, num_states = matrix.shape
     block = min(SSM_ROWS, triton.next_power_of_2(width))

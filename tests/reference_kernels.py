@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cat_bench
-from cat_bench import graph
+from cat_bench import graph, recurrent_steps
 from cat_bench.blocks import Rope, rotate
 from cat_bench.cat import chunk_rows_reference
 from cat_bench.chunk_attention import chunk_mask
@@ -145,12 +145,12 @@ def install_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         swiglu=swiglu,
     )
     recurrent_kernels = SimpleNamespace(
-        conv_rows=graph.conv_rows_reference,
-        conv_step=graph.conv_step_reference,
-        delta_step=graph.delta_step_reference,
-        gated_rms_norm=graph.gated_rms_norm_reference,
-        ssm_step=graph.ssm_step_reference,
-        taylor_step=graph.taylor_step_reference,
+        conv_rows=recurrent_steps.conv_rows_reference,
+        conv_step=recurrent_steps.conv_step_reference,
+        delta_step=recurrent_steps.delta_step_reference,
+        gated_rms_norm=recurrent_steps.gated_rms_norm_reference,
+        ssm_step=recurrent_steps.ssm_step_reference,
+        taylor_step=recurrent_steps.taylor_step_reference,
     )
     chunk_kernels = SimpleNamespace(forward=chunk_forward, backward=chunk_backward)
     vector_kernels = SimpleNamespace(linear=vector_linear, swiglu=vector_swiglu)

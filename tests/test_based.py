@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from baselines import based
-from cat_bench import graph, spec
+from cat_bench import recurrent_steps, spec
 from cat_bench.architecture import Architecture, build, generation_flops
 from cat_bench.blocks import Block
 from cat_bench.errors import UserError
@@ -134,14 +134,14 @@ def test_autocast_leaves_the_sums_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_kernel_s_reference_is_the_eager_step(dtype: torch.dtype) -> None:
-    """Three tokens one by one, by graph.taylor_step_reference and by the definition's code."""
+    """Three tokens one by one, by the reference and by the definition's code."""
     sums, norms = (torch.zeros(shape, dtype=based.sum_dtype(dtype)) for shape in STATE_SHAPES)
     state = (sums.clone(), norms.clone())
     for seed in range(3):
         q, k, v = (normal(2, 3 * n, seed=seed + n).to(dtype) for n in (4, 4, 5))
         heads = (x.unflatten(-1, (3, 1, -1)) for x in (q, k, v))  # (b, h, 1, .)
         expected, *state = based.taylor_attention(*heads, *state)
-        got = graph.taylor_step_reference(q, k, v, sums, norms)
+        got = recurrent_steps.taylor_step_reference(q, k, v, sums, norms)
         tolerance = 4 * torch.finfo(dtype).eps
         contract.assert_same(got, expected[:, :, 0].flatten(1), "step", tolerance)
     for got, expected in zip((sums, norms), state, strict=True):
@@ -150,9 +150,9 @@ def test_the_kernel_s_reference_is_the_eager_step(dtype: torch.dtype) -> None:
 
 def test_features_are_the_paper_s_273_and_expand_the_exponential() -> None:
     q, k = 0.1 * normal(16, seed=1), 0.1 * normal(16, seed=2)
-    assert graph.taylor_features(q).shape == (273,)
+    assert recurrent_steps.taylor_features(q).shape == (273,)
     assert based.Config().num_features == 273
-    product, s = graph.taylor_features(q) @ graph.taylor_features(k), q @ k / 4
+    product, s = recurrent_steps.taylor_features(q) @ recurrent_steps.taylor_features(k), q @ k / 4
     assert product.item() == pytest.approx(1 + s.item() + s.item() ** 2 / 2, abs=1e-15)
     assert product.item() == pytest.approx(math.exp(s), abs=abs(s.item()) ** 3)
 
@@ -161,7 +161,7 @@ def test_weights_are_positive_so_the_normaliser_never_vanishes() -> None:
     """1 + s + s^2 / 2 >= 1/2: the worst s is -1."""
     q, k = -torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)  # f = 1: s = -1
     _, _, norms = based.taylor_attention(q, k, torch.ones(1, 1, 1, 1))
-    assert (graph.taylor_features(q) @ norms[..., None]).item() == pytest.approx(0.5)
+    assert (recurrent_steps.taylor_features(q) @ norms[..., None]).item() == pytest.approx(0.5)
 
 
 def test_gradients_through_chunks_and_sums() -> None:

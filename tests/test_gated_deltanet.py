@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines import gated_deltanet as gdn
-from cat_bench import graph, spec, window
+from cat_bench import graph, recurrent_steps, spec, window
 from cat_bench.architecture import Architecture, build, generation_flops, make_config
 from cat_bench.errors import UserError
 
@@ -316,10 +316,12 @@ def test_reference_of_the_step_equals_the_rule(heads: int) -> None:
     expected, last = gdn.recurrent_delta_rule(
         gdn.unit(q) / 4, gdn.unit(k), v, log_decay[..., None], b.sigmoid()[..., None], matrix
     )
-    got = graph.delta_step_reference(qkv, a, b, mixer.A_log.detach(), mixer.dt_bias, matrix)
+    got = recurrent_steps.delta_step_reference(
+        qkv, a, b, mixer.A_log.detach(), mixer.dt_bias, matrix
+    )
     torch.testing.assert_close(got, expected[:, :, 0])
     torch.testing.assert_close(matrix, last)
-    normed = graph.gated_rms_norm_reference(got, gate, mixer.o_norm.weight, 1e-5)
+    normed = recurrent_steps.gated_rms_norm_reference(got, gate, mixer.o_norm.weight, 1e-5)
     scale = (got.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     expected = (got * scale * mixer.o_norm.weight).flatten(1) * gate * gate.sigmoid()
     torch.testing.assert_close(normed, expected)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines import based
-from cat_bench import graph
+from cat_bench import recurrent_steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +65,7 @@ def test_taylor_step_equals_its_reference(
         q, k, v = packed.split([h * f, h * f, h * e], dim=-1)  # strided, as in the step
         y, y_ref = (
             recurrent_kernels.taylor_step(q, k, v, *got),
-            graph.taylor_step_reference(q, k, v, *expected),
+            recurrent_steps.taylor_step_reference(q, k, v, *expected),
         )
         assert contract.relative_norm(y, y_ref) < (1e-5 if dtype == torch.float32 else 5e-3)
     for buffer, reference in zip(got, expected, strict=True):

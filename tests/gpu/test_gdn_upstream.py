@@ -144,7 +144,7 @@ def test_prefill_in_segments(config: gdn.Config, path: str, segments: tuple[int,
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_step_kernels_equal_their_references(dtype: str) -> None:
-    from cat_bench import graph, recurrent_kernels
+    from cat_bench import recurrent_kernels, recurrent_steps
 
     torch.manual_seed(0)
     b, h, p, e = 5, 6, 128, 256
@@ -156,11 +156,11 @@ def test_step_kernels_equal_their_references(dtype: str) -> None:
     expected_matrix = matrix.clone()
     with torch.no_grad():
         gates = (a, beta, mixer.A_log, mixer.dt_bias)
-        expected = graph.delta_step_reference(qkv, *gates, expected_matrix)
+        expected = recurrent_steps.delta_step_reference(qkv, *gates, expected_matrix)
         got = recurrent_kernels.delta_step(qkv, *gates, matrix)
         norm = (gate, mixer.o_norm.weight, 1e-5)
         normed = recurrent_kernels.gated_rms_norm(expected, *norm)
-        expected_normed = graph.gated_rms_norm_reference(expected, *norm)
+        expected_normed = recurrent_steps.gated_rms_norm_reference(expected, *norm)
     assert contract.relative_norm(matrix, expected_matrix) < 1e-6
     assert contract.relative_norm(got, expected) < 1e-5
     bound = 1e-6 if dtype == "float32" else 1e-2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baselines import based
-from cat_bench import graph, window
+from cat_bench import recurrent_steps, window
 from cat_bench.blocks import attention
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ def test_convolution_of_whole_sequences(
     bias = torch.randn(channels, device="cuda").to(dtype) if activated else None
     inputs, expected_inputs = window_before.clone(), window_before.float()
     got = recurrent_kernels.conv_rows(new, inputs, weight, bias, activated)
-    expected = graph.conv_rows_reference(
+    expected = recurrent_steps.conv_rows_reference(
         new.float(), expected_inputs, weight.float(), None if bias is None else bias.float(),
         activated,
     )  # fmt: skip
