@@ -1,10 +1,14 @@
 """For all tests: GPU tests skip with a reason, hypothesis repeats itself, results/ stays clean."""
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+# Before torch is loaded, and for every worker: the tensors are tiny, and two threads on cores that
+# something else uses too wait for each other, for up to 30 times the time of one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("repeatable")
 
