@@ -87,6 +87,7 @@ def _execute(
     unique = {case.key: case for case in cases}
     queue = open_cases(unique.values(), run, retry)
     skipped, total = len(unique) - len(queue), len(unique)
+    resolved = run.resolved()
     statuses: Counter[str] = Counter()
     durations_s: list[float] = []
     interrupted = False
@@ -97,7 +98,7 @@ def _execute(
                 done = skipped + index
                 progress(done, total, case, _time_left_s(durations_s, total - done))
                 following = queue[index + 1] if index + 1 < len(queue) else None
-                rows = _refused(case, run) or workers.measure(case, timeout_s, following)
+                rows = _refused(case, resolved) or workers.measure(case, timeout_s, following)
                 run.append(rows)
                 statuses[rows[-1].status] += 1
                 durations_s.append(rows[-1].value or 0.0)
@@ -134,12 +135,14 @@ def check_resume(
 
 def edited_files(run: Run, retry: frozenset[str] | set[str] = frozenset()) -> dict[str, str]:
     """Files given by path that open cases need and that are not what they were at the plan: why."""
-    waiting = open_cases(run.cases().values(), run, retry)
-    return {name_of(case.arch): reason for case in waiting if (reason := _other_version(case, run))}
+    waiting, resolved = open_cases(run.cases().values(), run, retry), run.resolved()
+    versions = ((case, _other_version(case, resolved)) for case in waiting)
+    return {name_of(case.arch): reason for case, reason in versions if reason}
 
 
-def _other_version(case: Case, run: Run) -> str | None:
-    planned = run.resolved().get(case.key, {}).get("source_hash")
+def _other_version(case: Case, resolved: dict[str, dict]) -> str | None:
+    """`resolved`: what the plan holds for each case."""
+    planned = resolved.get(case.key, {}).get("source_hash")
     if planned is None:  # a file of the project, or a plan from before there was this field
         return None
     name = name_of(case.arch)
@@ -165,9 +168,9 @@ def _mixed_versions(run: Run, retry: frozenset[str] | set[str]) -> list[str]:
     return [reason for name, reason in edited.items() if name in kept]
 
 
-def _refused(case: Case, run: Run) -> list[Record]:
+def _refused(case: Case, resolved: dict[str, dict]) -> list[Record]:
     """The closing row of a case whose file was edited during the run; [] for all others."""
-    reason = _other_version(case, run)
+    reason = _other_version(case, resolved)
     if reason is None:
         return []
     error = f"not measured: {reason}. Start a new run."
