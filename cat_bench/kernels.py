@@ -191,11 +191,15 @@ def _attend_rows(
 
 @triton.jit
 def _load_tile(keys_ptr, values_ptr, low, end, skip, BLOCK: tl.constexpr, E: tl.constexpr):
-    """Keys and values (rows, e), zeros where `inside` (rows,) is false."""
+    """Keys and values (rows, e), zeros where `inside` (rows,) is false.
+
+    Nobody reads them again in this step: they are the first to leave the L2 cache.
+    """
     row, e = low + tl.arange(0, BLOCK), tl.arange(0, E)
     inside = (row < end) & (row != skip)
-    k = tl.load(keys_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
-    v = tl.load(values_ptr + row[:, None] * E + e, mask=inside[:, None], other=0.0)
+    seen, at = inside[:, None], row[:, None] * E + e
+    k = tl.load(keys_ptr + at, mask=seen, other=0.0, eviction_policy="evict_first")
+    v = tl.load(values_ptr + at, mask=seen, other=0.0, eviction_policy="evict_first")
     return k, v, inside
 
 
