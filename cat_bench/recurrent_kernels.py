@@ -347,7 +347,7 @@ def _ssm_step_kernel(
     n = tl.arange(0, STATES)
     inside = (e < E)[:, None] & (n < N)[None, :]
     matrix_ptr += memory * (E * N) + e[:, None] * N + n[None, :]
-    matrix = tl.load(matrix_ptr, mask=inside, other=0.0).to(tl.float32)
+    matrix = tl.load(matrix_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if EARLY:
         gdc_wait()
         gdc_release()
@@ -360,7 +360,8 @@ def _ssm_step_kernel(
     dt = _softplus(dt + tl.load(bias_ptr + head).to(tl.float32))
     decay = tl.exp(-dt * tl.exp(tl.load(rate_ptr + head).to(tl.float32)))
     matrix = decay * matrix + (dt * x)[:, None] * key[None, :]
-    tl.store(matrix_ptr, matrix.to(matrix_ptr.dtype.element_ty), mask=inside)
+    state = matrix.to(matrix_ptr.dtype.element_ty)
+    tl.store(matrix_ptr, state, mask=inside, eviction_policy="evict_first")
     y = tl.sum(matrix * query[None, :], axis=1)
     y += tl.load(skip_ptr + head).to(tl.float32) * x
     out = (y * z * tl.sigmoid(z)).to(out_ptr.dtype.element_ty)
