@@ -31,15 +31,20 @@ HEAD_WIDTH = 64
 
 def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
     """`store.frame` with two columns more: "machine", the line that stands over a table of these
-    rows, and "commit", of the code that measured them.
+    rows, and "commit", of the code that measured them ("3ffb64ca+": and changes to it).
     """
     records = store.frame(list(runs))
     environments = {run.name: run.environment for run in runs}
     pairs = list(zip(records["run"], records["device"], strict=True))
     return records.assign(
         machine=[machine_line(environments[run], dev) for run, dev in pairs],
-        commit=[(environments[run].get("commit") or "unknown")[:8] for run, _ in pairs],
+        commit=[_commit(environments[run]) for run, _ in pairs],
     )
+
+
+def _commit(environment: dict) -> str:
+    changed = "+" if environment.get("dirty") else ""
+    return (environment.get("commit") or "unknown")[:8] + changed
 
 
 def is_reference(settings: Iterable) -> bool:

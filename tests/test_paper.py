@@ -106,13 +106,14 @@ def test_a_case_is_the_same_with_any_number_of_repeats(tmp_path) -> None:
     assert not {case.key for case in three} & {case.key for case in planned}
     measure(tmp_path, three, commit="aaaaaaaaaaaa")
     assert status_of(tmp_path, "fig5").status == "done"
-    measure(tmp_path, planned[:3], slower=2.0, commit="bbbbbbbbbbbb")
+    measure(tmp_path, planned[:3], slower=2.0, commit="aaaaaaaaaaaa", dirty=True)
     records = _build.all_records(tmp_path)[0]
     found = _build.find(records, planned)
     latest = found.records[(found.records["run"] == "0002-made-up") & found.records["chosen"]]
     assert set(latest["case"]) == {case.key for case in planned[:3]}
     caption = caption_of(_build.exhibit("fig5").render(found.records, [], "h100"))
-    assert "Code of 2 commits (aaaaaaaa, bbbbbbbb): ratios are inside one run." in caption
+    told = "Code of 2 commits (aaaaaaaa, aaaaaaaa+; +: and changes): ratios are inside one run."
+    assert told in caption
 
 
 def test_repeats_follow_the_rule_of_the_profiler_at_every_scale() -> None:

@@ -121,7 +121,8 @@ def heading(rows: pd.DataFrame) -> str:
     text = f"{machines}; {word} {', '.join(runs)}. {settings(rows)}"
     commits = sorted(set(rows["commit"])) if "commit" in rows else []
     if len(commits) > 1:  # an older row may be of slower code: only ratios inside a run are fair
-        text += f" Code of {len(commits)} commits ({', '.join(commits)}): "
+        changed = "; +: and changes" if any(commit.endswith("+") for commit in commits) else ""
+        text += f" Code of {len(commits)} commits ({', '.join(commits)}{changed}): "
         is_mixed = any(foreign_dense(rows))
         text += f"ratios are inside one run{', where it has Dense' if is_mixed else ''}."
     return text
