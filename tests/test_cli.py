@@ -160,6 +160,13 @@ def test_a_bad_run_is_refused_before_anything_is_written(
     assert not results_folder.exists()
 
 
+def test_a_path_that_computes_in_float32_is_refused_in_float64(cat_bench: Cli):
+    command = ("run", "training", "-a", "dense", "-a", "cat-8", "--dtype", "float64")
+    for flags in (["--gpu", "H100", "--dry-run"], ["--forward-path", "compile", "--dry-run"]):
+        answer = cat_bench(*command, "--seq-len", "1024", *flags)
+        refused(answer, "'compile' of cat computes in float32", "--forward-path eager")
+
+
 def test_a_missing_gpu_is_refused(cat_bench: Cli, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     answer = cat_bench("run", "efficiency", "-a", "dense", "--device", "cuda")
