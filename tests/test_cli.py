@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -431,6 +432,38 @@ def test_the_last_line_tells_failed_from_unsupported(
     err = capsys.readouterr().err
     assert ended.value.exit_code == 3
     assert err.startswith(said) and f"--retry {','.join(counts)}" in err
+
+
+@pytest.mark.parametrize(
+    ("folder", "variable", "named"),
+    [
+        ("results", None, False),
+        ("my results", None, True),
+        ("results", "elsewhere", True),  # where the variable leads the run is not
+    ],
+)
+@pytest.mark.parametrize(
+    ("hint", "ended"), [("Again: ", {"failed": 1}), ("Continue: ", {"interrupted": True})]
+)
+def test_the_command_that_resumes_a_run_works_as_it_is_printed(
+    cat_bench: Cli, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture, folder: str, variable: str | None, named: bool,
+    hint: str, ended: dict,
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CAT_BENCH_RESULTS")
+    if variable:
+        monkeypatch.setenv("CAT_BENCH_RESULTS", variable)
+    shutil.copytree(measured, folder)
+    with pytest.raises(measuring.typer.Exit):
+        target = store.find(Path(folder), "first")
+        measuring.exit_after(target, runner.Summary(**ended))
+    command = capsys.readouterr().err.split(hint)[1].strip()
+    assert ("--results" in command) == named
+    program, *arguments = shlex.split(command)
+    assert program == "cat-bench"
+    resumed = cat_bench(*arguments)
+    assert resumed.code == 0 and str(Path(folder, "0001-first")) in resumed.err  # "kept: ..."
 
 
 def a_case(arch: str, **settings: str) -> Case:
