@@ -148,6 +148,7 @@ class Call(NamedTuple):
 class Model(LanguageModel):
     decode_paths = ("eager", "cuda_graph")
     forward_paths = ("eager", "upstream")
+    float32_forward_paths = ("upstream",)
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
         layers = [LAYERS[kind](config) for kind in config.pattern]

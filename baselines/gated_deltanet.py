@@ -165,6 +165,7 @@ class State(NamedTuple):
 class Model(LanguageModel):
     decode_paths = ("eager", "cuda_graph", "upstream_graph", "upstream")
     forward_paths = ("eager", "upstream")
+    float32_forward_paths = ("upstream",)
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
         c = config

@@ -78,6 +78,7 @@ class State(NamedTuple):
 class Model(Transformer):
     decode_paths = ("eager", "cuda_graph")
     forward_paths = ("eager", "compile")
+    float32_forward_paths = ("compile",)
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):
         super().__init__(config, decode_path, forward_path)

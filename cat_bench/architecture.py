@@ -56,6 +56,8 @@ class Architecture(Protocol):
     decode_path: str  # the one in use: stored with every number
     # Optional, ("eager",) where missing: ways to run `forward`, given to Model as `forward_path`.
     forward_paths: tuple[str, ...]
+    # Optional, () where missing: `float32_forward_paths`, those of them whose kernels sum in
+    # float32 whatever they are given, so that `build` refuses them in float64.
     config: Any
     max_len: int | None  # longest sequence it can hold; None: no limit
 
@@ -200,11 +202,8 @@ def build(
         raise UserError(
             f"{spec.text} has no forward path '{forward_path}'; it has: {', '.join(forward_paths)}."
         )
-    if decode_path != "eager" and dtype == "float64":
-        raise UserError(
-            f"decode path '{decode_path}' computes in float32, so dtype float64 would be untrue.",
-            "Use --decode-path eager, or --dtype float32.",
-        )
+    if dtype == "float64":
+        _check_float64(spec, module.Model, decode_path, forward_path)
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
@@ -215,6 +214,23 @@ def build(
                 return module.Model(config, decode_path, **chosen).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def _check_float64(spec: Spec, model: type, decode_path: str, forward_path: str) -> None:
+    """Raises UserError for a path that computes in float32: every decode path but eager, and the
+    forward paths that the architecture names.
+    """
+    in_float32 = getattr(model, "float32_forward_paths", ())
+    for kind, path, is_float32 in (
+        ("decode", decode_path, decode_path != "eager"),
+        ("forward", forward_path, forward_path in in_float32),
+    ):
+        if is_float32:
+            raise UserError(
+                f"the {kind} path '{path}' of {spec.text} computes in float32, so dtype float64 "
+                "would be untrue.",
+                f"Use --{kind}-path eager, or --dtype float32.",
+            )
 
 
 @contextmanager

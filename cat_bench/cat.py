@@ -204,6 +204,7 @@ class Decoder(nn.Module):
 class Model(ForwardPath):
     decode_paths = ("eager", "cuda_graph")
     forward_paths = ("eager", "compile")
+    float32_forward_paths = ("compile",)
     memory_budget = 0.9  # 5.9 of 32.2 GiB less for 2 % more time (16 x 1024 tokens, H100)
 
     def __init__(self, config: Config, decode_path: str = "eager", forward_path: str = "eager"):

@@ -18,6 +18,7 @@ from cat_bench import exhibit_runs, listing, measuring, planning, printing, spec
 from cat_bench.case import Options
 from cat_bench.errors import UserError
 from cat_bench.messages import plural, say, warn
+from cat_bench.store import DEFAULT_RESULTS, RESULTS_VARIABLE
 
 if TYPE_CHECKING:
     from cat_bench.runner import Summary
@@ -70,7 +71,7 @@ def _complete_exhibit(incomplete: str) -> list[str]:
 
 
 Results = Annotated[
-    Path, typer.Option("--results", envvar="CAT_BENCH_RESULTS", help="The folder of all runs.")
+    Path, typer.Option("--results", envvar=RESULTS_VARIABLE, help="The folder of all runs.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -103,7 +104,6 @@ Exhibit = Annotated[
         help="table1 ... fig8, several (fig2,fig3), or all.", autocompletion=_complete_exhibit
     ),
 ]
-DEFAULT_RESULTS = Path("results")
 
 
 # --- commands ------------------------------------------------------------------------------------

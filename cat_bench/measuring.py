@@ -4,6 +4,8 @@
 the functions that need them: the command line imports this.
 """
 
+import os
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,18 +46,25 @@ def exit_after(target: store.Run, summary: "Summary") -> None:
         num_closed, num_cases = len(target.closed()), len(target.cases())
         say(
             f"interrupted after {num_closed} of {plural(num_cases, 'case')}. Kept: {target.path}. "
-            f"Continue: cat-bench run --resume {target.name}"
+            f"Continue: {_resume_command(target)}"
         )
         raise typer.Exit(EXIT_INTERRUPTED)
     bad = {status: getattr(summary, status) for status in ("failed", "unsupported")}
     bad = {status: count for status, count in bad.items() if count}
     if bad:
         told = ", ".join(f"{plural(count, 'case')} {status}" for status, count in bad.items())
-        say(
-            f"{told}; the rows say why. "
-            f"Again: cat-bench run --resume {target.name} --retry {','.join(bad)}"
-        )
+        again = _resume_command(target, "--retry", ",".join(bad))
+        say(f"{told}; the rows say why. Again: {again}")
         raise typer.Exit(EXIT_FAILED_CASES)
+
+
+def _resume_command(target: store.Run, *flags: str) -> str:
+    """What continues `target`, to be pasted as it is: with --results where that is needed."""
+    command = ["cat-bench", "run", "--resume", target.name, *flags]
+    folder = target.path.resolve().parent
+    if folder != store.DEFAULT_RESULTS.resolve() or store.RESULTS_VARIABLE in os.environ:
+        command += ["--results", str(folder)]
+    return shlex.join(command)
 
 
 # --- runs that exist -----------------------------------------------------------------------------

@@ -6,9 +6,11 @@ the functions at the end print one, each in its format.
 
 import csv
 import difflib
+import html
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,11 @@ from cat_bench.errors import UserError
 from cat_bench.measurements import frame
 from cat_bench.tables import Table, details_table, full_table, records_table
 
+# A section as report.html.j2 writes it: its text is escaped, so it holds no other </section>.
+SECTION = re.compile(
+    r'<section id="(.*?)">\n<h2>(.*?) <span class="status">(.*?)</span></h2>\n(.*?)</section>',
+    re.DOTALL,
+)
 FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
 
 
@@ -204,6 +211,15 @@ class Section:
     tables: tuple[Table, ...] = ()
     svgs: tuple[str, ...] = ()  # whole SVG documents, as figures.py writes them
     remarks: tuple[str, ...] = ()
+    body: Markup = Markup()  # in place of these: the HTML of an earlier page
+
+
+def sections_of(page: str) -> list[Section]:
+    """The sections of a page by `html_page`, to be shown again as they are. Trusted: our own."""
+    return [
+        Section(html.unescape(title), anchor, html.unescape(status), body=Markup(body))
+        for anchor, title, status, body in SECTION.findall(page)
+    ]
 
 
 def html_page(title: str, sections: Sequence[Section], environments: Sequence[dict] = ()) -> str:

@@ -30,6 +30,8 @@ from cat_bench.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+DEFAULT_RESULTS = Path("results")  # the folder of all runs, where nothing names another one
+RESULTS_VARIABLE = "CAT_BENCH_RESULTS"  # environment variable that does
 SCHEMA = 1  # raised when the meaning of a field changes; older rows stay readable
 UNKNOWN_DEVICE = "unknown"  # a GPU or CPU whose name the machine does not tell
 CLOSING = "case"  # the metric of the row that closes a case; its value is the wall time in seconds

@@ -49,6 +49,11 @@ def test_a_cpu_is_asked_for_what_it_can(scale: str) -> None:
     assert {name for *_, name in names(cases)} == {"eager", "two_part", "causal"}
 
 
+def test_float64_is_asked_of_no_kernel_that_computes_in_float32() -> None:
+    cases = plan([], Options(device="cuda", seq_lens=(1024, 8192), dtype="float64"))
+    assert {name for *_, name in names(cases)} == {"eager", "two_part", "causal"}
+
+
 def test_a_gpus_implementation_on_a_cpu_says_so() -> None:
     case = next(
         case

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,13 @@ def test_a_bad_run_is_refused_before_anything_is_written(
     device = [] if "--device" in arguments or "--quick" in arguments else ["--device", "cpu"]
     refused(cat_bench("run", "efficiency", *arguments.split(), *device), *parts)
     assert not results_folder.exists()
+
+
+def test_a_path_that_computes_in_float32_is_refused_in_float64(cat_bench: Cli):
+    command = ("run", "training", "-a", "dense", "-a", "cat-8", "--dtype", "float64")
+    for flags in (["--gpu", "H100", "--dry-run"], ["--forward-path", "compile", "--dry-run"]):
+        answer = cat_bench(*command, "--seq-len", "1024", *flags)
+        refused(answer, "'compile' of cat computes in float32", "--forward-path eager")
 
 
 def test_a_missing_gpu_is_refused(cat_bench: Cli, monkeypatch: pytest.MonkeyPatch):
@@ -424,6 +432,38 @@ def test_the_last_line_tells_failed_from_unsupported(
     err = capsys.readouterr().err
     assert ended.value.exit_code == 3
     assert err.startswith(said) and f"--retry {','.join(counts)}" in err
+
+
+@pytest.mark.parametrize(
+    ("folder", "variable", "named"),
+    [
+        ("results", None, False),
+        ("my results", None, True),
+        ("results", "elsewhere", True),  # where the variable leads the run is not
+    ],
+)
+@pytest.mark.parametrize(
+    ("hint", "ended"), [("Again: ", {"failed": 1}), ("Continue: ", {"interrupted": True})]
+)
+def test_the_command_that_resumes_a_run_works_as_it_is_printed(
+    cat_bench: Cli, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture, folder: str, variable: str | None, named: bool,
+    hint: str, ended: dict,
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CAT_BENCH_RESULTS")
+    if variable:
+        monkeypatch.setenv("CAT_BENCH_RESULTS", variable)
+    shutil.copytree(measured, folder)
+    with pytest.raises(measuring.typer.Exit):
+        target = store.find(Path(folder), "first")
+        measuring.exit_after(target, runner.Summary(**ended))
+    command = capsys.readouterr().err.split(hint)[1].strip()
+    assert ("--results" in command) == named
+    program, *arguments = shlex.split(command)
+    assert program == "cat-bench"
+    resumed = cat_bench(*arguments)
+    assert resumed.code == 0 and str(Path(folder, "0001-first")) in resumed.err  # "kept: ..."
 
 
 def a_case(arch: str, **settings: str) -> Case:

@@ -451,6 +451,31 @@ def test_build_measures_what_is_missing_once_and_writes_all_files(tmp_path) -> N
     assert "latency, CAT-8 against Dense: lower everywhere from 1024 to 4096." in table
 
 
+def test_an_exhibit_rendered_alone_takes_its_place_in_the_report(tmp_path) -> None:
+    def anchors(page: str) -> list[str]:
+        return re.findall('<section id="(.*?)">', page)
+
+    broken = tmp_path / "0001-broken"
+    broken.mkdir()
+    _build.build(["table2", "fig4", "fig5"], "h100", tmp_path)
+    broken.rmdir()
+    measure(tmp_path, plan("fig5"))
+    built = _build.build(["fig5"], "h100", tmp_path)
+    assert [status.name for status in built.statuses] == ["fig5"]
+    page = built.report_html.read_text()
+    in_order = [name for name, _ in spec.exhibits() if name in ("table2", "fig4", "fig5")]
+    assert anchors(page) == in_order  # and no warning of a run that was broken
+    assert page.count("<svg") == 2 and page.count('href="#fig4"') == 1
+    assert "The four scores of this row average 13.85." in page  # of table2
+    fig5 = page.split('<section id="fig5">')[1].split("</section>")[0]
+    assert "done" in fig5 and "not run" not in fig5 and "2.00x faster" in fig5
+    assert "not run" not in page.split("<section")[0]  # the contents
+    assert _build.build(["fig5"], "h100", tmp_path).report_html.read_text() == page
+    (tmp_path / "paper" / "h100" / "report.html").unlink()
+    again = _build.build(["fig4"], "h100", tmp_path)
+    assert anchors(again.report_html.read_text()) == ["fig4"]
+
+
 def test_a_broken_run_stops_no_figure(tmp_path) -> None:
     measure(tmp_path, plan("fig5")[:1])
     broken = tmp_path / "0002-broken"

@@ -239,6 +239,18 @@ def test_html_is_one_escaped_file_without_network(tmp_path) -> None:
     assert "<?xml" not in report.html_page("x", [section])
 
 
+def test_sections_of_a_page_are_shown_again_as_they_are(tmp_path) -> None:
+    made = tables.run_table(make_run(tmp_path))
+    svg = "<svg><text>a &lt; b</text></svg>"
+    sections = [
+        report.Section("A & B", "fig2", "done (on <GPU>)", (made, made), (svg,), ("a < b",)),
+        report.Section("Empty", "table1"),
+    ]
+    page = report.html_page("x", sections)
+    assert report.html_page("x", report.sections_of(page)) == page
+    assert page.count("<svg>") == 1 and page.count("a &lt; b") == 2
+
+
 def test_report_joins_runs_and_adds_the_papers_ratios(tmp_path) -> None:
     x = {"batch_size": 256, "seq_len": 1024}
     points = [

@@ -97,6 +97,38 @@ def test_bad_options_get_a_sentence(options: Options, said: str) -> None:
     assert said in error.value.message and error.value.hint
 
 
+@pytest.mark.parametrize(
+    ("arch", "path"),
+    [
+        *((name, "compile") for name in ("cat:chunk_size=16", "sparse", "sliding_window")),
+        *((name, "upstream") for name in ("based", "mamba2", "gated_deltanet")),
+    ],
+)
+def test_float64_on_kernels_that_compute_in_float32_is_refused_by_the_plan(
+    arch: str, path: str
+) -> None:
+    """Also where nobody typed the path: on a GPU a training case takes the fast one by itself."""
+    options = Options(device="cuda", seq_lens=(1024,), dtype="float64")
+    with pytest.raises(UserError, match=f"path '{path}' of {arch} computes in float32") as refused:
+        predict.resolve(plan([parse(arch)], options))
+    assert refused.value.hint == "Use --forward-path eager, or --dtype float32."
+    for change in ({"forward_path": "eager"}, {"dtype": "float32"}):
+        predict.resolve(plan([parse(arch)], replace(options, **change)))
+
+
+def test_a_compiled_path_without_such_kernels_takes_float64() -> None:
+    (case,) = plan([parse("dense")], Options(device="cuda", seq_lens=(1024,), dtype="float64"))
+    assert (case.forward_path, case.dtype) == ("compile", "float64")
+    predict.resolve([case])
+
+
+def test_the_loss_follows_device_path_and_dtype() -> None:
+    fast = replace(tiny_case(DENSE), device="cuda", forward_path="compile")
+    assert training.loss_implementation(fast) == "triton"  # float32 weights
+    for change in ({"device": "cpu"}, {"forward_path": "eager"}, {"dtype": "float64"}):
+        assert training.loss_implementation(replace(fast, **change)) == "eager"
+
+
 def test_the_plan_predicts_gradients_and_moments_not_a_state() -> None:
     cases = plan([parse("dense")], Options(device="cuda"))
     rows = predict.resolve(cases, "NVIDIA H200")

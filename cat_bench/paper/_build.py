@@ -3,7 +3,8 @@
 A case counts where a run has closed it; of several runs the one with the highest folder number
 counts, so that runs made at the same time are not mixed point by point. All rows of one exhibit
 come from one device: the one with most of its cases. Files: results/paper/<scale>/<exhibit>.md .tex
-.csv for tables, .svg .pdf .png .csv for figures, and report.html with all of them.
+.csv for tables, .svg .pdf .png .csv for figures, and report.html with all of them: an exhibit
+rendered alone takes its place there among the others, which stay as they were last rendered.
 """
 
 import importlib
@@ -105,8 +106,10 @@ def build(
         made.append(_status(name, found, index[name], scale))
     _write_index(folder, index)
     html = folder / "report.html"
-    sections = [*_left_out(skipped), *(_section(s, drawn[s.name], folder) for s in made)]
-    html.write_text(_html(scale, sections, runs, records), encoding="utf-8")
+    shown = _shown_on(html) | {s.name: _section(s, drawn[s.name], folder) for s in made}
+    in_order = [shown[name] for name, _ in spec.exhibits() if name in shown]
+    page = _html(scale, [*_left_out(skipped), *in_order], runs, records)
+    html.write_text(page, encoding="utf-8")
     return Built(made, files, html, skipped)
 
 
@@ -302,6 +305,12 @@ def _html(
     environments = [run.environment for run in runs if run.name in of_scale]
     title = f"cat-bench: the paper's exhibits, {_settings.scale_of(scale).says}"
     return report.html_page(title, sections, environments)
+
+
+def _shown_on(page: Path) -> dict[str, report.Section]:
+    """By name, the exhibits that the page already shows."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    return {section.anchor: section for section in report.sections_of(text)}
 
 
 def _left_out(skipped: tuple[str, ...]) -> list[report.Section]:

@@ -43,7 +43,7 @@ IMPLEMENTATIONS = {
     "sparse": CHUNKED,
     "dense": ("causal",),
 }
-ON_CPU = ("eager", "two_part", "causal")
+PLAIN = ("eager", "two_part", "causal")  # the others are kernels of GPUs, which sum in float32
 MAX_EAGER = 4096  # tokens: beyond it the mask and the scores no longer fit
 SEQ_LENS = {"cpu": (64,), "cuda": (1024, 4096, 16_384, 65_536)}
 TOKENS = {"cpu": 128, "cuda": 16_384}  # a call, shared out among sequences
@@ -72,7 +72,7 @@ class Shape(NamedTuple):
 
 
 def plan(specs: list[Spec], options: Options) -> list[Case]:
-    """Architectures x lengths x implementations that the device has; batches of TOKENS tokens.
+    """Architectures x lengths x implementations that device and dtype have; TOKENS tokens a call.
 
     In the order of efficiency.by_cell.
     """
@@ -80,6 +80,7 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
     specs = specs or ([tiny(one) for one in defaults] if options.scale == "smoke" else defaults)
     _check(specs, options)
     seq_lens = options.seq_lens or SEQ_LENS[options.device]
+    only_plain = options.device == "cpu" or options.dtype == "float64"
     cases = {}
     for spec, seq_len, seed in itertools.product(specs, seq_lens, options.seeds):
         if spec.name not in IMPLEMENTATIONS:
@@ -91,7 +92,7 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
         for batch_size in batch_sizes:
             for name in IMPLEMENTATIONS[spec.name]:
                 too_long = name == "eager" and seq_len > MAX_EAGER
-                if not too_long and (name in ON_CPU or options.device == "cuda"):
+                if not too_long and (name in PLAIN or not only_plain):
                     cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
     return efficiency.by_cell(cases)
 
@@ -145,11 +146,11 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
 
     settings = dict(case.settings)
     implementation = settings["implementation"]
-    if case.device == "cpu" and implementation not in ON_CPU:
+    if case.device == "cpu" and implementation not in PLAIN:
         raise UserError(
             f"the implementation '{implementation}' needs a CUDA GPU.", "Use --device cuda."
         )
-    if implementation not in ON_CPU and not is_installed("triton"):
+    if implementation not in PLAIN and not is_installed("triton"):
         raise UserError(
             f"the implementation '{implementation}' needs the package triton, which is not "
             "installed.",

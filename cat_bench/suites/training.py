@@ -5,7 +5,7 @@ weights under bfloat16 autocast and 16,384 tokens a step. Random tokens, the sam
 architecture. Where a model has `hidden` and a head, the logits never exist in full (loss.py).
 
 The forward path of a case is the first that its architecture has of FORWARD_PATHS, or the one asked
-for. The loss follows it: eager on the eager path and on a CPU, else the Triton kernel.
+for. The loss follows it: eager on the eager path, on a CPU and in float64, else the Triton kernel.
 
 Settings of a case: "autocast" ("bfloat16", or missing: none; the case's dtype is the weights'),
 "repeats", and "checkpoint" (activation checkpointing, which an architecture offers by an attribute
@@ -30,6 +30,7 @@ from cat_bench.suites import efficiency
 
 if TYPE_CHECKING:
     from cat_bench.architecture import Architecture, Tokens
+    from cat_bench.loss import Implementation
     from cat_bench.profiler import Timing
 
 TOKENS_PER_STEP = 16_384  # on a GPU; divided by the length it is the default batch size
@@ -186,8 +187,7 @@ class Step:
 
         self.case, self.model = case, model.train()
         self.tokens = random_tokens(case, model.config.vocab_size)  # (b, t + 1)
-        on_gpu = case.device == "cuda"
-        self.implementation = "triton" if on_gpu and case.forward_path != "eager" else "eager"
+        self.implementation: Implementation = loss_implementation(case)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -237,6 +237,12 @@ class Step:
     @property
     def gradient_bytes(self) -> int:
         return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+
+
+def loss_implementation(case: Case) -> "Implementation":
+    """The Triton kernel, which computes in float32, where a fast forward path runs on a GPU."""
+    is_fast = case.device == "cuda" and case.forward_path != "eager"
+    return "triton" if is_fast and case.dtype != "float64" else "eager"
 
 
 def random_tokens(case: Case, vocab_size: int) -> "Tokens":
