@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cat_bench import exhibit_runs, listing, measuring, planning, printing, spec, store
-from cat_bench.case import Options
+from cat_bench.case import Case, Options
 from cat_bench.errors import UserError
 from cat_bench.messages import plural, say, warn
 from cat_bench.store import DEFAULT_RESULTS, RESULTS_VARIABLE
@@ -219,6 +219,17 @@ def _measure(target: store.Run, retry: frozenset[str], timeout_s: float, as_json
     measuring.exit_after(target, summary)
 
 
+def _print_missing(cases: list[Case], gpu: str | None, as_json: bool) -> None:
+    """`paper --dry-run`."""
+    if not cases:
+        typer.echo("[]" if as_json else "plan: no case is missing. Nothing was run.")
+        return
+    machine = planning.machine(cases[0].device, gpu)
+    resolved = planning.resolve(cases, machine["gpu_name"])
+    memory = planning.memory(cases[0].device, machine, gpu)
+    printing.print_plan(cases, resolved, memory, as_json)
+
+
 @app.command()
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Number, name or path.")],
@@ -343,6 +354,10 @@ def paper(
     repeats: Annotated[
         int | None, typer.Option(help="Measure so often. Default: by the time one takes.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what --run would measure, do nothing.")
+    ] = False,
+    gpu: Gpu = None,
     results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
     debug: Debug = False,
@@ -353,7 +368,11 @@ def paper(
     """
     from cat_bench.paper import _build
 
-    wanted = exhibit is not None and (run_missing or scale == "smoke")
+    wanted = exhibit is not None and (run_missing or dry_run or scale == "smoke")
+    if gpu and not dry_run:
+        raise UserError("--gpu only predicts.", "Add --dry-run, or drop --gpu.")
+    if dry_run and exhibit is None:
+        raise UserError("--dry-run needs an exhibit.", "Example: cat-bench paper fig2 --dry-run")
     if not wanted and any(x is not None for x in (only, batch_size, seq_len, repeats)):
         raise UserError(
             "--only, --batch-size, --seq-len and --repeats say what is measured; nothing is.",
@@ -366,6 +385,11 @@ def paper(
     names = exhibit_runs.exhibit_names(exhibit)
     sizes = planning.counts("--batch-size", batch_size), planning.counts("--seq-len", seq_len)
     chosen = exhibit_runs.chosen(names, scale, only, *sizes)
+    if dry_run:
+        _print_missing(
+            exhibit_runs.missing(results, names, scale, chosen, repeats, gpu), gpu, as_json
+        )
+        return
     name = scale if exhibit == "all" else f"{exhibit.replace(',', '-')}-{scale}"
     measure = exhibit_runs.measure_missing(results, name, sweeps, chosen, repeats)
     device = exhibit_runs.this_device(scale) if wanted else None

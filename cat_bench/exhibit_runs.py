@@ -78,14 +78,11 @@ def measure_missing(
     efficiency.check_counts("--repeats", None if repeats is None else [repeats])
 
     def measure(missing: list[Case]) -> None:
-        cases = [case.with_repeats(repeats) for case in missing if is_chosen(case)]
-        if missing and not cases:
-            warn(f"none of the {plural(len(missing), 'missing case')} was asked for.")
-        if not cases:
+        order = _order(missing, is_chosen, repeats)
+        if not order:
             return
-        measuring.check_machine(cases)
-        machine = planning.machine(cases[0].device)
-        order = _in_order(cases)
+        measuring.check_machine(order)
+        machine = planning.machine(order[0].device)
         resolved = planning.resolve(order, machine.get("gpu_name"))
         target = store.Run.create(results, name, machine, order, resolved)
         summary = measuring.measure(target, order, frozenset(), 3600.0)
@@ -94,6 +91,34 @@ def measure_missing(
             measuring.exit_after(target, summary)
 
     return measure
+
+
+def missing(
+    results: Path,
+    names: Sequence[str],
+    scale: str,
+    is_chosen: Callable[[Case], bool],
+    repeats: int | None,
+    gpu: str | None,
+) -> list[Case]:
+    """What `measure_missing` would measure, in its order: on this machine, or, where it has no GPU
+    and for --gpu, whatever the GPU lacks that the exhibits show.
+    """
+    from cat_bench.paper import _build
+
+    device = None if gpu else this_device(scale)
+    device = None if device == store.UNKNOWN_DEVICE else device
+    records, _, _ = _build.all_records(results)
+    return _order(_build.missing_cases(names, scale, records, device), is_chosen, repeats)
+
+
+def _order(
+    missing: list[Case], is_chosen: Callable[[Case], bool], repeats: int | None
+) -> list[Case]:
+    cases = [case.with_repeats(repeats) for case in missing if is_chosen(case)]
+    if missing and not cases:
+        warn(f"none of the {plural(len(missing), 'missing case')} was asked for.")
+    return _in_order(cases) if cases else []
 
 
 def _in_order(cases: list[Case]) -> list[Case]:

@@ -641,6 +641,25 @@ def test_paper_makes_no_run_where_no_missing_case_is_asked_for(
     assert not list(results_folder.glob("0*"))
 
 
+def test_paper_dry_run_prints_what_run_would_measure(
+    cat_bench: Cli, results_folder: Path, planned_only: None
+):
+    """The same cases in the same order, and no run folder."""
+    asked = ("paper", "fig2", "--scale", "h100", "--only", "dense,cat-8", "--batch-size", "1,256")
+    answer = cat_bench(*asked, "--dry-run", "--gpu", "H100", "--repeats", "3", "--json")
+    assert answer.code == 0 and not list(results_folder.glob("0*"))
+    predicted = json.loads(answer.out)
+    assert all(row["floor_s"] > 0 for row in predicted)
+    cat_bench(*asked, "--run", "--repeats", "3")
+    measured = store.find(results_folder, "fig2-h100").cases()
+    assert [row["key"] for row in predicted] == list(measured) and len(predicted) >= 4
+    table = cat_bench(*asked, "--dry-run", "--gpu", "H100").out
+    assert "CAT-8" in table and table.endswith("Nothing was run.\n")
+    assert "no case is missing" in cat_bench("paper", "fig4", "--dry-run").out
+    refused(cat_bench("paper", "--dry-run"), "--dry-run needs an exhibit")
+    refused(cat_bench("paper", "fig2", "--gpu", "H100"), "--gpu only predicts")
+
+
 def test_paper_names_the_runs_that_it_skipped(cat_bench: Cli, monkeypatch: pytest.MonkeyPatch):
     from cat_bench.paper import _build
 
