@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cat_bench import mask
 from cat_bench.architecture import Cost, full_label
 from cat_bench.blocks import HEAD_WIDTH, Attend, attention, check_width
 from cat_bench.chunk_attention import MAX_FUSED_CHUNK, chunk_attention
@@ -180,7 +181,7 @@ class Model(Transformer):
 
 def sees(query: Tensor, key: Tensor, stride: int) -> Tensor:
     """The definition, on absolute positions: own block so far, and the last of every block."""
-    return (key <= query) & ((query // stride == key // stride) | (key % stride == stride - 1))
+    return mask.sees(query, key, stride, offset=stride - 1)
 
 
 @lru_cache

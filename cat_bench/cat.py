@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_bench import mask
 from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens, full_label
 from cat_bench.blocks import (
     HEAD_WIDTH,
@@ -247,7 +246,7 @@ class Model(ForwardPath):
         Raises ValueError where the tokens need more chunk positions than the config has.
         """
         num_tokens, c = tokens.shape[1], self.config
-        attend = self._attend_all(num_tokens + 1, tokens.device)
+        attend = self._attend_all(tokens.device)
         x = self._rows(tokens)  # (b, t + 1, D)
         row = torch.arange(num_tokens + 1, device=tokens.device)
         rope = self._rope(row // c.chunk_size, row % c.chunk_size)
@@ -255,12 +254,11 @@ class Model(ForwardPath):
             x = self._decoder_block(block, x, rope, attend)
         return self.decoder.norm(x[:, 1:])  # row 0 would be p(x_0), which is not trained
 
-    def _attend_all(self, num_rows: int, device: torch.device) -> Attend:
+    def _attend_all(self, device: torch.device) -> Attend:
         if self.forward_path == "compile":
             require_cuda("the forward path 'compile' of CAT", device.type)
             return fused_attention(self.config.chunk_size)
-        seen = compact_mask(num_rows, self.config.chunk_size, device)
-        return lambda q, k, v: attention(q, k, v, mask=seen)
+        return partial(chunk_attention, chunk_size=self.config.chunk_size)
 
     def _decoder_block(self, block: Block, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """On the forward path; rotated inside the kernels where these know how."""
@@ -589,7 +587,7 @@ class Model(ForwardPath):
         return (*costs, compressor._replace(flops=compressor.flops - unread))
 
     def _compressor_cost(self, num_chunks: int) -> Cost:
-        """Of compressing so many chunks side by side."""
+        """Of compressing so many chunks side by side, as cat_spec.md 5 counts it: p_i in full."""
         c = self.config
         blocks, proj = c.depth_c * linear_params(c.width), c.chunk_size * c.width * c.width_d
         per_chunk = 2 * blocks * (c.chunk_size + 1) + 2 * proj
@@ -625,14 +623,6 @@ def chunk_rows(
 def fused_attention(chunk_size: int) -> Attend:
     """One function per chunk size: with a new one, torch.compile would start over."""
     return partial(chunk_attention, chunk_size=chunk_size, summary="first", implementation="fused")
-
-
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)  # a mask made while scoring must also serve training
-def compact_mask(num_rows: int, chunk_size: int, device: torch.device) -> Tensor:
-    """(rows, rows) booleans, built once per length and chunk size."""
-    rows = torch.arange(num_rows, device=device)
-    return mask.sees(rows[:, None], rows, chunk_size)
 
 
 def _uniform(lengths: np.ndarray) -> bool:

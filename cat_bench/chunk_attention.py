@@ -18,6 +18,7 @@ dense causal attention; a mask alone saves nothing, for seen and unseen columns 
 Shapes: b batch, h query heads, g key-value heads, t rows, e head width, k chunks = ceil(t / C).
 """
 
+import operator
 from functools import lru_cache
 from typing import Literal
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cat_bench.blocks import attention
+from cat_bench.mask import sees
 
 IMPLEMENTATIONS = ("eager", "two_part", "fused")
 MAX_FUSED_CHUNK = 128  # rows; a chunk must fit into one tile of the kernels
@@ -42,11 +44,16 @@ def chunk_attention(
     summary: Literal["first", "last"] = "first",
     implementation: Literal["eager", "two_part", "fused"] = "eager",
 ) -> Tensor:
-    """Softmax attention, scale 1 / sqrt(e), over the rows that the module's docstring allows.
+    """Softmax attention, scale 1 / sqrt(e), of each row over its own chunk of `chunk_size` rows so
+    far and over one row of every earlier chunk: its "first", or its "last" (`summary`).
 
     q (b, h, t, e); k and v (b, g, t, e), where query head i uses key-value head i // (h / g).
     Returns o (b, h, t, e) in q's dtype. Any t >= 1 and any chunk_size >= 1; differentiable in all
-    three inputs. Under autocast the inputs are cast as those of PyTorch's own attention are.
+    three inputs. Under autocast the inputs are cast as those of PyTorch's own attention are. No
+    positions are encoded: rotate q and k before.
+
+        q, k, v = (torch.randn(1, 8, 4096, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+        o = chunk_attention(q, k, v, 16, implementation="fused")
 
     "eager"     a (t, t) mask: the specification. Any device and dtype.
     "two_part"  own chunk and earlier summaries apart, merged: 1 / C as much work and memory for
@@ -60,11 +67,13 @@ def chunk_attention(
     Raises ValueError where shapes, dtypes, names or the limits of "fused" do not fit.
     """
     _check(q, k, v, chunk_size, summary, implementation)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    chunk_size = operator.index(chunk_size)
+    if _is_cast(q):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     offset = 0 if summary == "first" else chunk_size - 1
     if implementation == "eager":
-        return attention(q, k, v, mask=chunk_mask(q.shape[2], chunk_size, offset, q.device))
+        make_mask = chunk_mask if type(q) is Tensor else chunk_mask.__wrapped__  # a fake: not kept
+        return attention(q, k, v, mask=make_mask(q.shape[2], chunk_size, offset, q.device))
     if implementation == "two_part":
         return _two_part(q, k, v, chunk_size, offset)
     check_fused(q, chunk_size)
@@ -83,8 +92,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str, name:
             f"q and k must agree in batch, rows (at least 1) and head width, and the heads of k "
             f"must divide those of q, got {tuple(q.shape)} and {tuple(k.shape)}."
         )
-    is_cast = torch.is_autocast_enabled(q.device.type)
-    one_dtype = q.dtype == k.dtype == v.dtype or is_cast
+    one_dtype = q.dtype == k.dtype == v.dtype or all(map(_is_cast, (q, k, v)))
     if not (one_dtype and q.device == k.device == v.device):
         raise ValueError(
             f"q, k and v must have one dtype and device, got {q.dtype}, {k.dtype} and {v.dtype} "
@@ -94,12 +102,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str, name:
         raise ValueError(
             f"q, k and v must be of a floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
         )
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+    is_whole = hasattr(chunk_size, "__index__") and not isinstance(chunk_size, bool)
+    if not is_whole or operator.index(chunk_size) < 1:
         raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size}.")
     if summary not in ("first", "last"):
         raise ValueError(f"summary must be 'first' or 'last', got '{summary}'.")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got '{name}'.")
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast changes its dtype; it leaves float64 alone."""
+    kind = x.device.type
+    is_known = kind != "meta"  # a device without arithmetic, and without autocast
+    return is_known and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
 
 
 def check_fused(q: Tensor, chunk_size: int) -> None:
@@ -129,16 +145,10 @@ def check_fused(q: Tensor, chunk_size: int) -> None:
 # --- eager ----------------------------------------------------------------------------------------
 
 
-def sees(query, key, chunk_size: int, offset: int):
-    """The definition, on row numbers; `offset` of the summary row in its chunk: 0 or C - 1."""
-    same_chunk = query // chunk_size == key // chunk_size
-    return (key <= query) & (same_chunk | (key % chunk_size == offset))
-
-
 @lru_cache(maxsize=1)  # all layers ask for the same one; at 32K rows it is 1 GiB
 @torch.inference_mode(False)  # a mask made while scoring must also serve training
 def chunk_mask(num_rows: int, chunk_size: int, offset: int, device: torch.device) -> Tensor:
-    """(t, t) booleans, built once per length and chunk size."""
+    """(t, t) booleans, built once per length and chunk size; offset of the summary: 0 or C - 1."""
     rows = torch.arange(num_rows, device=device)
     return sees(rows[:, None], rows, chunk_size, offset)
 
@@ -152,34 +162,44 @@ def _two_part(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> 
     Shifted by one chunk, "all summaries before my chunk" is plain causal attention over chunks:
     chunk i, of 1 .. k - 1, sees summaries 0 .. i - 1. So no part is ever empty.
     """
-    num_rows, r = q.shape[2], q.shape[1] // k.shape[1]
+    (num_rows, e), r = q.shape[2:], q.shape[1] // k.shape[1]
+    if chunk_size >= num_rows:  # one chunk: no more rows than there are
+        chunk_size, offset = num_rows, 0
     pad = -num_rows % chunk_size  # at the end, where causality hides it
 
     def chunked(x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk_size))
 
-    q = chunked(q * q.shape[3] ** -0.5).unflatten(1, (-1, r))  # (b, g, r, k, c, e)
-    k, v = chunked(k)[:, :, None], chunked(v)[:, :, None]  # (b, g, 1, k, c, e)
-    rows = torch.arange(max(q.shape[3], chunk_size), device=q.device)
+    k, v = chunked(k), chunked(v)  # (b, g, k, c, e)
+    q = chunked(q * e**-0.5).unflatten(1, (-1, r)).transpose(2, 3)  # (b, g, k, r, c, e)
+    late = q[:, :, 1:].flatten(2, 4)  # rows of one matrix: broadcasting would copy k and v
+    q = q.flatten(3, 4)  # (b, g, k, r c, e)
+    num_chunks = k.shape[2]
+    rows = torch.arange(max(num_chunks, chunk_size), device=q.device)
     causal = rows[:, None] >= rows
-    o, lse = _attend(q, k, v, causal[:chunk_size, :chunk_size])
-    if q.shape[3] > 1:
-        earlier = causal[: q.shape[3] - 1, : q.shape[3] - 1]  # (k - 1, k - 1)
-        keys, values = (x[:, :, :, None, :-1, offset] for x in (k, v))  # (b, g, 1, 1, k - 1, e)
-        late_o, late_lse = _attend(q[:, :, :, 1:], keys, values, earlier[:, None])
-        both = torch.logaddexp(lse[:, :, :, 1:], late_lse)
-        own_part = o[:, :, :, 1:] * (lse[:, :, :, 1:] - both).exp()[..., None]
+    weight, lse = _softmax(q @ k.mT, causal[:chunk_size, :chunk_size].repeat(r, 1))
+    o = weight.to(v.dtype) @ v
+    if num_chunks > 1:
+        earlier = causal[: num_chunks - 1, None, : num_chunks - 1]  # (k - 1, 1, k - 1)
+        keys, values = k[:, :, :-1, offset], v[:, :, :-1, offset]  # (b, g, k - 1, e)
+        score = (late @ keys.mT).unflatten(2, (num_chunks - 1, -1))  # (b, g, k - 1, r c, k - 1)
+        weight, late_lse = _softmax(score, earlier)
+        late_o = (weight.to(v.dtype).flatten(2, 3) @ values).unflatten(2, (num_chunks - 1, -1))
+        both = torch.logaddexp(lse[:, :, 1:], late_lse)
+        own_part = o[:, :, 1:] * (lse[:, :, 1:] - both).exp()[..., None]
         late_part = late_o * (late_lse - both).exp()[..., None]
-        o = torch.cat([o[:, :, :, :1].to(both.dtype), own_part + late_part], dim=3)
-    return o.flatten(1, 2).flatten(2, 3)[:, :, :num_rows].to(q.dtype)
+        o = torch.cat([o[:, :, :1].to(both.dtype), own_part + late_part], dim=2)
+    o = o.unflatten(3, (r, -1)).transpose(2, 3)  # (b, g, r, k, c, e)
+    return o.flatten(3, 4).flatten(1, 2)[:, :, :num_rows].to(v.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (..., c, e), and the logarithm of the sum of exponentials, float32 at least."""
-    score = q @ k.transpose(-1, -2)
+def _softmax(score: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the last dimension, where `seen`; and the logarithm of the sum of exponentials. Float32
+    at least.
+    """
     score = score.to(torch.promote_types(score.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
     lse = score.logsumexp(-1)
-    return (score - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return (score - lse[..., None]).exp(), lse
 
 
 # --- fused ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Who sees whom in CAT: one predicate for the eager model, the tests and Figure 4. No torch.
+"""Who sees whom: one predicate for chunk attention, CAT, Sparse and Figure 4. No torch.
 
 Compact layout (cat_spec.md 1.3), N + 1 rows, drawn for C = 4 (S slot, t token row, # seen):
 
@@ -19,9 +19,12 @@ operators only, so they take NumPy arrays and torch tensors alike.
 import numpy as np
 
 
-def sees(query_row, key_row, chunk_size: int):
-    """allow(q, k) of the compact layout: slots up to q, and the rows of its own chunk up to q."""
-    is_slot = key_row % chunk_size == 0
+def sees(query_row, key_row, chunk_size: int, offset: int = 0):
+    """allow(q, k) of the compact layout: slots up to q, and the rows of its own chunk up to q.
+
+    `offset` of a chunk's slot in it: 0 in CAT, chunk_size - 1 in strided patterns.
+    """
+    is_slot = key_row % chunk_size == offset
     same_chunk = query_row // chunk_size == key_row // chunk_size
     return (key_row <= query_row) & (is_slot | same_chunk)
 

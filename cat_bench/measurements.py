@@ -27,19 +27,26 @@ MEMORY_RATIOS = {
 }
 ATTENTION_SIZES = ("num_layers", "compressor_layers", "vocab_size")
 HEAD_WIDTH = 64
+CEILINGS = ("read_bandwidth_bytes_per_s", "matmul_flops_per_s")
 
 
 def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
-    """`store.frame` with two columns more: "machine", the line that stands over a table of these
-    rows, and "commit", of the code that measured them ("3ffb64ca+": and changes to it).
+    """`store.frame` with columns more: "machine", the line that stands over a table of these rows,
+    "commit", of the code that measured them ("3ffb64ca+": and changes to it), and "best_<ceiling>",
+    the highest in the run, drift references included.
     """
     records = store.frame(list(runs))
     environments = {run.name: run.environment for run in runs}
     pairs = list(zip(records["run"], records["device"], strict=True))
-    return records.assign(
+    records = records.assign(
         machine=[machine_line(environments[run], dev) for run, dev in pairs],
         commit=[_commit(environments[run]) for run, _ in pairs],
     )
+    for ceiling in CEILINGS:
+        values = records["value"].where(records["metric"] == ceiling)
+        best = values.groupby([records["run"], records["device"]]).transform("max")
+        records = records.assign(**{f"best_{ceiling}": best})
+    return records
 
 
 def _commit(environment: dict) -> str:
@@ -143,10 +150,9 @@ def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
     resource binds throughout.
     """
     share = pd.Series(1.0, index=rows.index)
-    for ceiling in ("read_bandwidth_bytes_per_s", "matmul_flops_per_s"):
+    for ceiling in CEILINGS:
         if ceiling in rows:
-            best = rows.groupby(["run", "device"])[ceiling].transform("max")
-            share = share.combine(rows[ceiling] / best, min)
+            share = share.combine(rows[ceiling] / rows[f"best_{ceiling}"], min)
     return share
 
 

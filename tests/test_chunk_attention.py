@@ -6,15 +6,16 @@ The fused kernels need a GPU: tests/gpu/test_chunk_fused.py.
 import itertools
 import math
 
+import numpy as np
 import pytest
 import reference_kernels
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from baselines import sparse
-from cat_bench import mask
 from cat_bench.blocks import rope_table, rotate
-from cat_bench.chunk_attention import chunk_attention, sees
+from cat_bench.chunk_attention import chunk_attention
 from cat_bench.chunk_block import packed, packed_reference
 
 SUMMARIES = ("first", "last")
@@ -76,12 +77,42 @@ def test_two_part_gradients(h: int, g: int, t: int, chunk_size: int, summary: st
     )
 
 
-def test_it_is_the_mask_of_cat_and_of_sparse() -> None:
-    rows = torch.arange(23)
-    for c in (1, 2, 3, 8, 30):
-        ours = sees(rows[:, None], rows, c, 0)
-        assert torch.equal(ours, torch.from_numpy(mask.allowed(23, c)))
-        assert torch.equal(sees(rows[:, None], rows, c, c - 1), sparse.sees(rows[:, None], rows, c))
+def test_the_work_of_two_parts_is_that_of_their_scores() -> None:
+    """No tensor is larger: keys are not copied for every chunk, nor rows padded to a long one."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(largest, out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    h, t, c = 4, 512, 8
+    qkv = [x.requires_grad_() for x in inputs(h, 2, t, e=16, b=1)]
+    with Sizes():
+        chunk_attention(*qkv, c, "first", "two_part").sum().backward()
+    assert largest <= h * t * (t // c)
+    largest = 0
+    with Sizes():
+        chunk_attention(*inputs(1, 1, 8), 10**6, "last", "two_part")
+    assert largest <= 8 * 8 * 2 * 8
+
+
+def test_a_mask_of_a_fake_is_not_kept() -> None:
+    q, k, v = inputs(1, 1, 19)
+    with FakeTensorMode() as mode:
+        fakes = (mode.from_tensor(x) for x in (q, k, v))
+        assert chunk_attention(*fakes, 3).shape == q.shape
+    torch.testing.assert_close(
+        chunk_attention(q, k, v, 3), by_definition(q, k, v, 3, "first"), rtol=0, atol=1e-13
+    )
+    assert chunk_attention(*(x.to("meta") for x in (q, k, v)), 3).shape == q.shape
+
+
+def test_numpy_integers_are_chunk_sizes() -> None:
+    qkv = inputs(1, 1, 9)
+    assert torch.equal(chunk_attention(*qkv, np.int64(4)), chunk_attention(*qkv, 4))
 
 
 @pytest.mark.parametrize("t, chunk_size", [(1, 4), (4, 4), (11, 4), (7, 1), (5, 9)])

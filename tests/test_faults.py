@@ -65,14 +65,14 @@ class CatChunkNumberOffByOne(cat.Model):
 class CatLeakyMask(cat.Model):
     """Tokens see the whole of their own chunk, also what comes after them."""
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        def leaky(num_rows: int, chunk_size: int, device: torch.device) -> Tensor:
-            rows = torch.arange(num_rows, device=device)
-            slots_before = (rows[:, None] >= rows) & (rows % chunk_size == 0)
-            return slots_before | (rows[:, None] // chunk_size == rows // chunk_size)
+    def _attend_all(self, device: torch.device) -> blocks.Attend:
+        def leaky(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows, size = torch.arange(q.shape[2], device=device), self.config.chunk_size
+            slots_before = (rows[:, None] >= rows) & (rows % size == 0)
+            seen = slots_before | (rows[:, None] // size == rows // size)
+            return blocks.attention(q, k, v, mask=seen)
 
-        with mock.patch.object(cat, "compact_mask", leaky):
-            return super().hidden(tokens)
+        return leaky
 
 
 class DenseLeakyMask(dense.Model):
@@ -101,12 +101,8 @@ class DenseOversizedCache(dense.Model):
 
 
 class CatNoCausalMask(cat.Model):
-    def hidden(self, tokens: Tensor) -> Tensor:
-        def everyone(num_rows: int, chunk_size: int, device: torch.device) -> Tensor:
-            return torch.ones(num_rows, num_rows, dtype=torch.bool, device=device)
-
-        with mock.patch.object(cat, "compact_mask", everyone):
-            return super().hidden(tokens)
+    def _attend_all(self, device: torch.device) -> blocks.Attend:
+        return blocks.attention
 
 
 class DenseNoCausalMask(dense.Model):

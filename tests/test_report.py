@@ -100,6 +100,11 @@ def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
         tmp_path, rows=[(case(batch_size=64), rows(4e12)), (case(batch_size=128), rows(3e12))]
     )
     assert list(measurements.measured(measurements.frame([run]))["floor_share"]) == [0.5, 0.375]
+    reference = case(batch_size=16, settings=(("reference", "0"),))
+    run = make_run(
+        tmp_path, rows=[(reference, rows(4e12)), (case(batch_size=128), rows(3e12))]
+    )  # a reference is in no table, but its ceilings count
+    assert list(measurements.measured(measurements.frame([run]))["floor_share"]) == [0.375]
 
 
 def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> None:
