@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cat_bench.architecture import Cost, Logits, NextLogits, Token, Tokens
 from cat_bench.blocks import HEAD_WIDTH, Attend, Block, linear_params, rope_table
+from cat_bench.errors import UserError
 from cat_bench.graph import CapturedStep, Rows, block_step, fast_block, norm_linear, plain_block
 
 SHORT_PROMPT = 16  # tokens
@@ -34,13 +35,14 @@ class ForwardPath(nn.Module):
     def on_forward_path(self, run: Callable) -> Callable:
         """`run`, a block or a function of one, or what torch.compile makes of it.
 
-        Blocks of one shape share one compilation, so depth costs no compile time.
+        Blocks of one shape share one compilation, so depth costs no compile time. Every length of
+        the input is compiled anew: UserError where they become too many.
         """
         if self.forward_path == "eager":
             return self.checkpointed(run)
         compiled = self.__dict__.setdefault("_compiled", {})
         if run not in compiled:
-            compiled[run] = within_budget(torch.compile(run, dynamic=False), self.memory_budget)
+            compiled[run] = traced(torch.compile(run, dynamic=False), self.memory_budget)
         return self.checkpointed(compiled[run])
 
     def checkpointed(self, run: Callable) -> Callable:
@@ -51,14 +53,27 @@ class ForwardPath(nn.Module):
         return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
-def within_budget(compiled: Callable, memory_budget: float) -> Callable:
-    """`compiled`, which is traced at its first call, with that budget for activations."""
-    if memory_budget == 1:
-        return compiled
+def traced(compiled: Callable, memory_budget: float) -> Callable:
+    """`compiled`, which is traced when it meets a new shape: with that budget for activations, and
+    never beyond the compiler's limit, where it would go on eagerly with a line in a log.
+    """
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.exc import FailOnRecompileLimitHit
 
     def run(*args: Any, **options: Any) -> Any:
-        with functorch.patch(activation_memory_budget=memory_budget):
-            return compiled(*args, **options)
+        with (
+            functorch.patch(activation_memory_budget=memory_budget),
+            dynamo.patch(fail_on_recompile_limit_hit=True),
+        ):
+            try:
+                return compiled(*args, **options)
+            except FailOnRecompileLimitHit as error:
+                raise UserError(
+                    f"the forward path 'compile' was given more than {dynamo.recompile_limit} "
+                    "shapes, each of which is compiled.",
+                    "Pad the tokens to few lengths, raise torch._dynamo.config.recompile_limit, or "
+                    "use --forward-path eager.",
+                ) from error
 
     return run
 
