@@ -214,7 +214,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> tupl
     from cat_bench.chunk_kernels import forward
 
     o, lse = _outputs(q)
-    forward(whole(q), whole(k), whole(v), o, lse, chunk_size, offset)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever q lies
+        forward(whole(q), whole(k), whole(v), o, lse, chunk_size, offset)
     return o, lse
 
 
@@ -234,7 +235,8 @@ def fused_backward(
     dq, dk, dv = (_like_tokens(q) for _ in range(3))
     delta = torch.empty_like(lse)  # rows of do times o, handed from one kernel to the next
     qkv = whole(q), whole(k), whole(v)
-    backward(whole(do), *qkv, o, lse, delta, dq, dk, dv, chunk_size, offset)
+    with torch.cuda.device_of(q):
+        backward(whole(do), *qkv, o, lse, delta, dq, dk, dv, chunk_size, offset)
     return dq, _shared(dk, k), _shared(dv, k)
 
 

@@ -17,9 +17,11 @@ from cat_bench.chunk_attention import check_fused, chunk_attention, whole
 def chunk_block(block: Block, x: Tensor, rope: Rope, chunk_size: int) -> Tensor:
     """`block(x, rope, attend)` on chunk attention with summary="first", for training on CUDA.
 
-    x (b, t, d) -> (b, t, d). `rope` as in packed_reference. The block has as many key-value heads
-    as heads, and no q_norm. Raises ValueError as "fused" does.
+    x (b, t, d) -> (b, t, d). `rope` as in packed_reference. Raises ValueError as "fused" does, and
+    for a block with q_norm or fewer key-value heads than heads.
     """
+    if block.q_norm is not None or block.num_kv_heads != block.num_heads:
+        raise ValueError("chunk_block takes no q_norm and one key-value head for every head.")
     qkv = block.qkv(block.attn_norm(x))
     check_fused(_split(qkv, block.num_heads)[0], chunk_size)
     o, _ = packed(qkv, *rope, block.num_heads, chunk_size)
@@ -48,7 +50,8 @@ def packed(
 
     o, lse = _packed_outputs(qkv, num_heads)
     q, k, v = (whole(x) for x in _split(qkv, num_heads))
-    forward(q, k, v, _by_head(o, num_heads), lse, chunk_size, 0, (cos, sin))
+    with torch.cuda.device_of(qkv):
+        forward(q, k, v, _by_head(o, num_heads), lse, chunk_size, 0, (cos, sin))
     return o, lse
 
 
@@ -72,7 +75,8 @@ def packed_backward(
     do, o = whole(_by_head(do, num_heads)), _by_head(o, num_heads)
     q, k, v = (whole(x) for x in _split(qkv, num_heads))
     dq, dk, dv = _split(d_qkv, num_heads)
-    backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size, 0, (cos, sin))
+    with torch.cuda.device_of(qkv):
+        backward(do, q, k, v, o, lse, delta, dq, dk, dv, chunk_size, 0, (cos, sin))
     return d_qkv
 
 

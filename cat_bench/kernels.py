@@ -74,6 +74,7 @@ def decode_attention(
         q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1),
         HEADS=num_heads, GROUP=num_heads // num_kv, SPLITS=splits, BLOCK=tile.rows, E=HEAD_WIDTH,
         SECOND=second, STAGES=tile.stages, AHEAD=tile == FEW, num_warps=tile.warps,
+        EVICT="evict_first" if num_heads == num_kv else "",  # heads that share rows read them again
         **early_launch(),
     )  # fmt: skip
     if splits > 1:
@@ -102,7 +103,7 @@ def _attend_kernel(
     q_stride, k_stride, v_stride, cache_stride_b, cache_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     E: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
+    EVICT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query head of one sequence, one share of the rows; share 0 also takes the own row.
 
@@ -128,7 +129,7 @@ def _attend_kernel(
     start = split * share
     end = tl.minimum(start + share, first_end)
     if AHEAD:
-        tile = _load_tile(keys_ptr, values_ptr, start, end, write, BLOCK, E)
+        tile = _load_tile(keys_ptr, values_ptr, start, end, write, BLOCK, E, EVICT)
     if EARLY:
         gdc_wait()
         gdc_release()
@@ -157,14 +158,14 @@ def _attend_kernel(
         best, total, acc = _attend_tile(q, *tile, best, total, acc)
         start += BLOCK
     best, total, acc = _attend_rows(
-        q, keys_ptr, values_ptr, start, end, write, best, total, acc, BLOCK, E, STAGES
+        q, keys_ptr, values_ptr, start, end, write, best, total, acc, BLOCK, E, STAGES, EVICT
     )
     if SECOND:
         if split == 0:
             low = tl.load(second_start_ptr + b).to(tl.int32)
             high = tl.load(second_end_ptr + b).to(tl.int32)
             best, total, acc = _attend_rows(
-                q, keys_ptr, values_ptr, low, high, write, best, total, acc, BLOCK, E, 1
+                q, keys_ptr, values_ptr, low, high, write, best, total, acc, BLOCK, E, 1, EVICT
             )
     if SPLITS == 1:
         tl.store(out_ptr + tl.program_id(0) * E + e, (acc / total).to(out_ptr.dtype.element_ty))
@@ -178,28 +179,31 @@ def _attend_kernel(
 @triton.jit
 def _attend_rows(
     q, keys_ptr, values_ptr, start, end, skip, best, total, acc,
-    BLOCK: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over cache rows start .. end - 1 without row `skip`, which the query itself
     is writing; reads nothing past them.
     """
     for low in tl.range(start, end, BLOCK, num_stages=STAGES):
-        tile = _load_tile(keys_ptr, values_ptr, low, end, skip, BLOCK, E)
+        tile = _load_tile(keys_ptr, values_ptr, low, end, skip, BLOCK, E, EVICT)
         best, total, acc = _attend_tile(q, *tile, best, total, acc)
     return best, total, acc
 
 
 @triton.jit
-def _load_tile(keys_ptr, values_ptr, low, end, skip, BLOCK: tl.constexpr, E: tl.constexpr):
+def _load_tile(
+    keys_ptr, values_ptr, low, end, skip,
+    BLOCK: tl.constexpr, E: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
     """Keys and values (rows, e), zeros where `inside` (rows,) is false.
 
-    Nobody reads them again in this step: they are the first to leave the L2 cache.
+    EVICT "evict_first": nobody reads them again in this step, so they leave the L2 cache first.
     """
     row, e = low + tl.arange(0, BLOCK), tl.arange(0, E)
     inside = (row < end) & (row != skip)
     seen, at = inside[:, None], row[:, None] * E + e
-    k = tl.load(keys_ptr + at, mask=seen, other=0.0, eviction_policy="evict_first")
-    v = tl.load(values_ptr + at, mask=seen, other=0.0, eviction_policy="evict_first")
+    k = tl.load(keys_ptr + at, mask=seen, other=0.0, eviction_policy=EVICT)
+    v = tl.load(values_ptr + at, mask=seen, other=0.0, eviction_policy=EVICT)
     return k, v, inside
 
 

@@ -150,7 +150,8 @@ def _losses(
         return losses_reference(logits, targets, share, wants_grad)
     from cat_bench import loss_kernels
 
-    return loss_kernels.losses(logits, targets, share, wants_grad)
+    with torch.cuda.device_of(logits):
+        return loss_kernels.losses(logits, targets, share, wants_grad)
 
 
 def losses_reference(logits: Tensor, targets: Tensor, share: Tensor, wants_grad: bool) -> Tensor:

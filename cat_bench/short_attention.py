@@ -29,7 +29,8 @@ def short_attention(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor) -> Te
     """The same on Triton, differentiable in qkv; t up to MAX_SHORT."""
     from cat_bench import kernels
 
-    return kernels.short_attention(qkv.contiguous(), num_heads, (cos, sin))
+    with torch.cuda.device_of(qkv):
+        return kernels.short_attention(qkv.contiguous(), num_heads, (cos, sin))
 
 
 @short_attention.register_fake
@@ -43,9 +44,10 @@ def short_attention_backward(
 ) -> Tensor:
     from cat_bench import kernels
 
-    return kernels.short_attention_backward(
-        do.contiguous(), qkv.contiguous(), num_heads, (cos, sin)
-    )
+    with torch.cuda.device_of(qkv):
+        return kernels.short_attention_backward(
+            do.contiguous(), qkv.contiguous(), num_heads, (cos, sin)
+        )
 
 
 @short_attention_backward.register_fake

@@ -113,8 +113,12 @@ def last_rows(ring: Tensor, num_tokens: int, count: int) -> Tensor:
 
 
 def write_rows(ring: Tensor, rows: Tensor, start: int) -> None:
-    """Put the tokens from number `start` on into the ring, where the last s of them remain."""
+    """Put the tokens from number `start` on into the ring, where the last s of them remain.
+
+    Rounded to the ring's dtype, from which rows may differ under autocast.
+    """
     num_rows, num_new = ring.shape[2], rows.shape[2]
+    rows = rows.to(ring.dtype)
     ids = torch.arange(start, start + num_new, device=ring.device)[-num_rows:]
     ring[:, :, ids % num_rows] = rows[:, :, -num_rows:]
 

@@ -64,6 +64,15 @@ def test_a_gpus_implementation_on_a_cpu_says_so() -> None:
         list(measure(replace(case, device="cpu"), build(parse(case.arch))))
 
 
+def test_chunks_too_long_for_the_kernels_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "is_installed", lambda name: True)
+    one = parse("cat:chunk_size=256,width=64")
+    options = Options(device="cuda", seq_lens=(512,), dtype="float32")
+    (case,) = (c for c in plan([one], options) if dict(c.settings)["implementation"] == "fused")
+    with pytest.raises(UserError, match="takes chunk sizes up to 128, got 256"):
+        list(measure(case, build(parse(case.arch))))
+
+
 def test_unknown_attention_and_counts_are_refused() -> None:
     with pytest.raises(UserError, match="knows no attention of 'mamba2'"):
         plan([parse("mamba2")], Options())

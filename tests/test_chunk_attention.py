@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cat_bench.blocks import rope_table, rotate
-from cat_bench.chunk_attention import chunk_attention
-from cat_bench.chunk_block import packed, packed_reference
+from cat_bench.blocks import Block, rope_table, rotate
+from cat_bench.chunk_attention import chunk_attention, fused
+from cat_bench.chunk_block import chunk_block, packed, packed_reference
+from cat_bench.short_attention import short_attention
 
 SUMMARIES = ("first", "last")
 # h, g, t, C: one row, one chunk, an open last chunk, a full one, C = 1, C > t, shared heads.
@@ -135,6 +136,23 @@ def test_packed_rotates_and_attends(
     gradients = [torch.autograd.grad(o, qkv, do)[0] for o in outputs]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
     torch.library.opcheck(packed, (qkv, *rope, 2, chunk_size))
+
+
+def test_the_operators_keep_the_rules_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fakes, strides and autograd as torch.compile assumes them."""
+    reference_kernels.install_kernels(monkeypatch)
+    qkv = [x.requires_grad_() for x in inputs(2, 2, 21)]
+    torch.library.opcheck(fused, (*qkv, 4, 3))
+    rope = rope_table(torch.arange(5))
+    flat = torch.cat(inputs(2, 2, 5, e=64), dim=1).transpose(1, 2).flatten(2).requires_grad_()
+    torch.library.opcheck(short_attention, (flat, 2, *rope))
+
+
+@pytest.mark.parametrize("kind", [{"num_kv_heads": 1}, {"qk_norm": True}])
+def test_chunk_block_refuses_what_its_kernels_do_not_know(kind: dict) -> None:
+    block = Block(128, **kind)
+    with pytest.raises(ValueError, match="takes no q_norm and one key-value head for every head"):
+        chunk_block(block, torch.zeros(1, 5, 128), rope_table(torch.arange(5)), 4)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "two_part"])

@@ -139,10 +139,13 @@ def _case(
 
 
 def measure(case: Case, model: "Architecture") -> Iterator[Record]:
-    """Times, memory, and what they imply. Raises UserError for a GPU's implementation on a CPU."""
+    """Times, memory, and what they imply. Raises UserError for a GPU's implementation on a CPU, and
+    for chunks that are too long for it.
+    """
     import torch
 
     from cat_bench import profiler
+    from cat_bench.chunk_attention import MAX_FUSED_CHUNK
 
     settings = dict(case.settings)
     implementation = settings["implementation"]
@@ -157,6 +160,12 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
             f"Install it: {install_command('triton')}",
         )
     shape = shape_of(parse(case.arch).name, model.config, case.seq_len)
+    if implementation == "fused" and shape.chunk_size > MAX_FUSED_CHUNK:
+        raise UserError(
+            f"the implementation 'fused' takes chunk sizes up to {MAX_FUSED_CHUNK}, got "
+            f"{shape.chunk_size}.",
+            "Compare the others, or shorter chunks.",
+        )
     held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
     attend, num_rows = implemented(implementation, shape, case.device)
     q, k, v, do = _inputs(case, shape, num_rows)

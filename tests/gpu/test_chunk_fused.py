@@ -216,3 +216,12 @@ def test_chunk_block_has_the_same_limits() -> None:
         chunk_block(block, x, rope, 129)
     with pytest.raises(ValueError, match="computes in float32, got torch.float64"):
         chunk_block(block.double(), x.double(), rope, 8)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_it_runs_where_its_tensors_lie() -> None:
+    """Triton launches on the current device, which need not be theirs."""
+    here = inputs(1, 2, 2, 50)
+    expected = results(here, "fused", 8, "first")
+    got = results([x.to("cuda:1") for x in here], "fused", 8, "first")
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))
