@@ -219,6 +219,7 @@ class CapturedStep:
                 for _ in range(2):
                     run(self.token, self.row)
             torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.empty_cache()  # what `side` allocated, no other stream can use
             with torch.cuda.graph(self.graph, pool=pool):
                 self.logits = run(self.token, self.row)
 
