@@ -72,6 +72,11 @@ def status_of(results: Path, name: str, scale: str = "h100") -> _build.Status:
     return next(s for s in _build.statuses(results, scale) if s.name == name)
 
 
+def render(name: str, results: Path, scale: str = "h100") -> _settings.Content:
+    records = _build.find(_build.all_records(results)[0], plan(name, scale)).records
+    return _build.exhibit(name).render(records, _build.points_of(name), scale)
+
+
 def test_every_exhibit_is_found_in_the_papers_order() -> None:
     assert [name for name, _ in spec.exhibits()] == EXHIBITS
 
@@ -448,7 +453,7 @@ def test_build_measures_what_is_missing_once_and_writes_all_files(tmp_path) -> N
     assert "<th" in page.split("per token</h3>")[1].split("</table>")[0]
     table = (tmp_path / "paper" / "h100" / "fig3_table.md").read_text()
     assert "2.00x faster [2.00, 2.00]" in table and "50 %" in table
-    assert "latency, CAT-8 against Dense: lower everywhere from 1024 to 4096." in table
+    assert "latency, CAT-8 against Dense: lower at all 3 common points from 1024 to 4096." in table
 
 
 def test_an_exhibit_rendered_alone_takes_its_place_in_the_report(tmp_path) -> None:
@@ -531,14 +536,37 @@ def test_table3_puts_our_ratios_beside_the_papers(tmp_path) -> None:
 def test_crossings_are_interpolated_on_logarithmic_axes() -> None:
     dense = {1.0: 1.0, 4.0: 4.0, 16.0: 16.0}
     flat = {1.0: 2.0, 4.0: 2.0, 16.0: 2.0}
-    assert _curves.crossings(flat, dense) == pytest.approx([2.0])
+    assert _curves.crossings(flat, dense) == [pytest.approx((1.0, 4.0, 2.0))]
     assert _curves.crossing_text(flat, dense, figures.BATCH) == (
         "crosses at batch size about 2 (interpolated), lower at 16"
     )
     assert _curves.crossing_text(dense, {1.0: 0.5, 16.0: 1.0}, figures.BATCH) == (
-        "higher everywhere from 1 to 16"
+        "higher at all 2 common points from 1 to 16"
     )
     assert _curves.crossing_text(dense, {1.0: 1.0}, figures.BATCH) == "too few common points"
+
+
+def test_no_crossing_is_invented_between_points_that_were_planned_but_not_measured(
+    tmp_path,
+) -> None:
+    """Batch 1 and 256 alone: where between them the lines cross is not known, and drawn so."""
+    axis = figures.BATCH.planned_by(plan("fig5"))
+    far = [{1.0: 2.0, 256.0: 2.0, 512.0: 2.0}, {1.0: 1.0, 256.0: 2.5, 512.0: 4.0}]
+    assert _curves.crossing_text(*far, axis) == (
+        "crosses between batch size 1 and 256, lower at 512"
+    )
+    near = [{256.0: 2.0, 512.0: 2.0}, {256.0: 1.0, 512.0: 4.0}]
+    assert "about 362 (interpolated)" in _curves.crossing_text(*near, axis)
+    measure(tmp_path, [c for c in plan("fig5") if c.batch_size in (1, 256, 512)])
+    content = render("fig5", tmp_path)
+    assert figures.GAPS in caption_of(content)
+    drawn = content.figure.axes[0].lines
+    thin = [line for line in drawn if line.get_linewidth() == figures.GAP_DASHES["linewidth"]]
+    assert {tuple(line.get_xdata()) for line in thin} == {(1.0, 256.0)}
+    whole = [line for line in drawn if line not in thin]
+    assert all(pd.isna(line.get_xdata()[1]) for line in whole if len(line.get_xdata()) == 4)
+    measure(tmp_path, plan("fig5"))
+    assert figures.GAPS not in caption_of(render("fig5", tmp_path))
 
 
 # --- our own exhibits: crossover and ttft ---------------------------------------------------------

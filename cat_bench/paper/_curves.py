@@ -27,12 +27,12 @@ def content(
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
 ) -> Content:
     """The figure, its rows, and a table with % of floor, ratios and crossing points."""
-    rows = measured(records, names, cases, scale)
+    rows, axis = measured(records, names, cases, scale), axis.planned_by(cases)
     if _settings.only_reference(names, scale):
         rows = rows.iloc[:0]  # Dense without its subject: the paper's points alone say more
     units = {panel.published for panel in panels}
     published = [point for point in published if point.unit in units]
-    says = caption(title, rows, names, scale, panels)
+    says = caption(title, rows, names, scale, panels, axis)
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
     listed = _with_d_state(rows) if axis == figures.D_STATE and len(rows) else rows
     made = (ratio_table(title, listed, names, axis, scale),) if len(rows) else ()
@@ -67,6 +67,7 @@ def caption(
     names: Sequence[str],
     scale: str,
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
+    axis: figures.Axis = figures.BATCH,
 ) -> str:
     """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks."""
     has_points = any(panel.published for panel in panels)
@@ -74,6 +75,7 @@ def caption(
     parts = [heading(rows), f"{_settings.scale_of(scale).says}."] if len(rows) else [nothing]
     if "latency_s_low" in rows and rows["latency_s_low"].notna().any():
         parts.append("95 % intervals are narrower than the markers where no bar is visible.")
+    parts += [figures.GAPS] if figures.has_gaps(rows, axis) else []
     if len(rows) and has_points and scale != "smoke" and not figures.may_overlay(rows):
         parts.append(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
@@ -195,21 +197,27 @@ def crossing_text(a: dict[float, float], b: dict[float, float], axis: figures.Ax
     if len(shared) < 2:
         return "too few common points"
     unit = axis.label.split(" (")[0].lower()
-    where = [f"crosses at {unit} about {x:.0f} (interpolated)" for x in crossings(a, b)]
+    where = [
+        f"crosses between {unit} {x0:.0f} and {x1:.0f}"
+        if axis.skips(x0, x1)  # what lies between was planned, not measured: no point is known
+        else f"crosses at {unit} about {x:.0f} (interpolated)"
+        for x0, x1, x in crossings(a, b)
+    ]
     if where:
         return " and ".join(where) + f", lower at {shared[-1]:.0f}" * (
             a[shared[-1]] < b[shared[-1]]
         )
     word = "lower" if a[shared[0]] < b[shared[0]] else "higher"
-    return f"{word} everywhere from {shared[0]:.0f} to {shared[-1]:.0f}"
+    return f"{word} at all {len(shared)} common points from {shared[0]:.0f} to {shared[-1]:.0f}"
 
 
-def crossings(a: dict[float, float], b: dict[float, float]) -> list[float]:
-    """Every x where the lines a and b cross, interpolated on logarithmic axes."""
+def crossings(a: dict[float, float], b: dict[float, float]) -> list[tuple[float, float, float]]:
+    """Every (x before, x after, x between) where the lines a and b cross; the last is interpolated
+    on logarithmic axes."""
     shared = sorted(set(a) & set(b))
-    gaps = [(math.log(x), math.log(a[x] / b[x])) for x in shared]
+    gaps = [(x, math.log(a[x] / b[x])) for x in shared]
     return [
-        math.exp(x0 + (x1 - x0) * gap0 / (gap0 - gap1))
+        (x0, x1, x0 * (x1 / x0) ** (gap0 / (gap0 - gap1)))
         for (x0, gap0), (x1, gap1) in zip(gaps, gaps[1:], strict=False)
         if gap0 * gap1 < 0
     ]

@@ -83,9 +83,9 @@ def arch_text(name: str, scale: str, seq_len: int) -> str:
 
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
-    rows = _measured(records)
+    rows, axis = _measured(records), LENGTH.planned_by(plan(scale))
     figure = _lines.line_figure(
-        _named(rows), PANELS, LENGTH, _caption(rows, scale), is_smoke=scale == "smoke"
+        _named(rows), PANELS, axis, _caption(rows, axis, scale), is_smoke=scale == "smoke"
     )
     if rows.empty:
         return Content((), figure, None)
@@ -129,14 +129,15 @@ def _heading(rows: pd.DataFrame) -> str:
     return f"{machines}; {'runs' if len(runs) > 1 else 'run'} {', '.join(runs)}. {dtypes}."
 
 
-def _caption(rows: pd.DataFrame, scale: str) -> str:
+def _caption(rows: pd.DataFrame, axis: figures.Axis, scale: str) -> str:
     if rows.empty:
         return f"{TITLE}.\nNo row yet."
+    gaps = f" {figures.GAPS}" if figures.has_gaps(_named(rows), axis) else ""
     return (
         f"{TITLE}.\n{_heading(rows)} {_settings.scale_of(scale).says}. One layer, without its "
         f"projections; Dense-2D has the heads of CAT's decoder, Dense half of them; all the others "
         f"are CAT's. Median and 95 % interval, narrower than the markers where no bar is visible. "
-        f"The paper has no such points."
+        f"The paper has no such points.{gaps}"
     )
 
 

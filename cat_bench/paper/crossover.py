@@ -81,8 +81,9 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         _lines.Map("fastest per token", _map(fastest)),
         _lines.Map("smallest weights and state", _map(smallest)),
     ]
+    axis = figures.LENGTH.planned_by(at_lengths(scale))
     figure = _lines.line_figure(
-        lines, PANELS, figures.LENGTH, _caption(lines, rows, scale), maps, scale == "smoke"
+        lines, PANELS, axis, _caption(lines, rows, axis, scale), maps, scale == "smoke"
     )
     if rows.empty:
         return Content((), figure, None)
@@ -111,12 +112,13 @@ def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
     return _one_run.with_ratio(rows, "tpot_s", "Dense", "faster")
 
 
-def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str) -> str:
+def _caption(lines: pd.DataFrame, rows: pd.DataFrame, axis: figures.Axis, scale: str) -> str:
     says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS)
     if rows.empty or scale == "smoke":
         return says
     if lines.empty:
         says += " No row of the lines yet."
+    says += f" {figures.GAPS}" if figures.has_gaps(lines, axis) else ""
     return (
         f"{says} Lines: batch {BATCH_SIZE}, the prompt is all but the last {SPAN} tokens and is "
         f"read in one call, so the peak holds its activations; time per token = mean step of the "

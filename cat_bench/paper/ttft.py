@@ -53,8 +53,9 @@ def plan(scale: str) -> list[Case]:
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows = _measured(records, scale)
-    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS)
-    figure = _lines.line_figure(rows, PANELS, PROMPT, says, is_smoke=scale == "smoke")
+    axis = PROMPT.planned_by(plan(scale))
+    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, axis)
+    figure = _lines.line_figure(rows, PANELS, axis, says, is_smoke=scale == "smoke")
     if rows.empty:
         return Content((), figure, None)
     return Content((_table(rows, scale),), figure, _plotted(rows))
