@@ -569,6 +569,33 @@ def test_no_crossing_is_invented_between_points_that_were_planned_but_not_measur
     assert figures.GAPS not in caption_of(render("fig5", tmp_path))
 
 
+def test_exhibits_name_what_they_lack(tmp_path) -> None:
+    """In the caption and under the table: systems without any row, then single cells."""
+    cases = [c for c in plan("fig3") if c.arch != "mamba2" or c.seq_len == 1024]
+    cases = [c for c in cases if not c.arch.startswith("based")]
+    measure(tmp_path, cases)
+    content = render("fig3", tmp_path)
+    said = "Not measured, 5 of 30 cases: Mamba2 (length 2048, 4096); BASED."
+    assert said in caption_of(content) and said in content.tables[0].notes
+    assert not any("Not measured" in note for note in render("table3", tmp_path).tables[0].notes)
+    measure(tmp_path, [c for c in plan("ttft") if c.arch == "dense" and c.prompt_len > 4096])
+    note = next(n for n in render("ttft", tmp_path).tables[0].notes if n.startswith("Not measured"))
+    assert "Dense (prompt 1024, 4096); Dense-2D, CAT-8" in note
+
+
+def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_path) -> None:
+    measure(tmp_path, [c for c in plan("crossover") if c.batch_size not in (16, 64)])
+    (note,) = (n for n in render("crossover", tmp_path).tables[0].notes if "Not measured" in n)
+    where = "batch 16 x length 1024, 2048, 4096, 8192, 16384, 32768 and batch 64 x length 1024"
+    assert f"all ({where})." in note
+    some = [c for n, c in enumerate(plan("crossover")) if n % 3 == 0]
+    measure(tmp_path / "other", some)
+    (note,) = (
+        n for n in render("crossover", tmp_path / "other").tables[0].notes if "Not measured" in n
+    )
+    assert len(note) <= 400 and note.endswith(" ...")
+
+
 # --- our own exhibits: crossover and ttft ---------------------------------------------------------
 
 

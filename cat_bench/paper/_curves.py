@@ -11,6 +11,7 @@ from cat_bench.case import Case
 from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column
 from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _published, _settings
+from cat_bench.paper._lacking import not_measured
 from cat_bench.paper._settings import Content
 
 HALF_WINDOW = {_settings.label(name) for name in _settings.HALF_WINDOW}
@@ -32,10 +33,13 @@ def content(
         rows = rows.iloc[:0]  # Dense without its subject: the paper's points alone say more
     units = {panel.published for panel in panels}
     published = [point for point in published if point.unit in units]
-    says = caption(title, rows, names, scale, panels, axis)
+    by = [axis.name] if axis.planned else []
+    lacks = not_measured(rows, cases, names, scale, by)
+    also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
+    says = caption(title, rows, names, scale, panels, also)
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
     listed = _with_d_state(rows) if axis == figures.D_STATE and len(rows) else rows
-    made = (ratio_table(title, listed, names, axis, scale),) if len(rows) else ()
+    made = (ratio_table(title, listed, names, axis, scale, lacks),) if len(rows) else ()
     details = tables.details_of(listed) if len(rows) else None
     if details is not None:
         made += (replace(details, title=f"{title}, per token", heading=heading(rows)),)
@@ -67,15 +71,17 @@ def caption(
     names: Sequence[str],
     scale: str,
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
-    axis: figures.Axis = figures.BATCH,
+    also: Sequence[str] = (),
 ) -> str:
-    """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks."""
+    """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks.
+
+    `also`: sentences of the exhibit's own.
+    """
     has_points = any(panel.published for panel in panels)
     nothing = no_row(names, scale) if has_points else "No row yet."
     parts = [heading(rows), f"{_settings.scale_of(scale).says}."] if len(rows) else [nothing]
     if "latency_s_low" in rows and rows["latency_s_low"].notna().any():
         parts.append("95 % intervals are narrower than the markers where no bar is visible.")
-    parts += [figures.GAPS] if figures.has_gaps(rows, axis) else []
     if len(rows) and has_points and scale != "smoke" and not figures.may_overlay(rows):
         parts.append(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
@@ -86,6 +92,7 @@ def caption(
     absent = _settings.missing(names, scale)
     if absent:
         parts.append(f"Not built yet: {', '.join(absent)}.")
+    parts += also
     return "\n".join([f"{title}.", " ".join(parts)])
 
 
@@ -142,12 +149,17 @@ def settings(rows: pd.DataFrame) -> str:
 
 
 def ratio_table(
-    title: str, rows: pd.DataFrame, names: Sequence[str], axis: figures.Axis, scale: str
+    title: str,
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    axis: figures.Axis,
+    scale: str,
+    also: Sequence[str] = (),
 ) -> tables.Table:
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
     made = tables.table(rows, COLUMNS, ["batch_size", "seq_len"])
     notes = [*DEFINITIONS, *crossing_notes(rows, axis), *failures(rows)]
-    notes += [*patterns(rows), *foreign_dense(rows)]
+    notes += [*patterns(rows), *foreign_dense(rows), *also]
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names, scale)

@@ -31,6 +31,7 @@ from cat_bench.columns import (
 )
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings, fig2, fig3
+from cat_bench.paper._lacking import not_measured
 from cat_bench.paper._settings import Content
 
 TITLE = "Crossover: who is fastest and who is smallest, where"
@@ -82,12 +83,14 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         _lines.Map("smallest weights and state", _map(smallest)),
     ]
     axis = figures.LENGTH.planned_by(at_lengths(scale))
+    lacks = not_measured(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
+    also = [figures.GAPS, *lacks] if figures.has_gaps(lines, axis) else lacks
     figure = _lines.line_figure(
-        lines, PANELS, axis, _caption(lines, rows, axis, scale), maps, scale == "smoke"
+        lines, PANELS, axis, _caption(lines, rows, scale, also), maps, scale == "smoke"
     )
     if rows.empty:
         return Content((), figure, None)
-    made = [_winners(fastest, smallest, rows, scale), _crossings(everything, rows)]
+    made = [_winners(fastest, smallest, rows, scale, lacks), _crossings(everything, rows)]
     if len(lines):  # the cells of Figures 2 and 3 may be there before any of the lines
         made.append(_measurements(lines))
     return Content(tuple(made), figure, _plotted(rows))
@@ -112,13 +115,12 @@ def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
     return _one_run.with_ratio(rows, "tpot_s", "Dense", "faster")
 
 
-def _caption(lines: pd.DataFrame, rows: pd.DataFrame, axis: figures.Axis, scale: str) -> str:
-    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS)
+def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str, also: Sequence[str]) -> str:
+    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, also)
     if rows.empty or scale == "smoke":
         return says
     if lines.empty:
         says += " No row of the lines yet."
-    says += f" {figures.GAPS}" if figures.has_gaps(lines, axis) else ""
     return (
         f"{says} Lines: batch {BATCH_SIZE}, the prompt is all but the last {SPAN} tokens and is "
         f"read in one call, so the peak holds its activations; time per token = mean step of the "
@@ -153,6 +155,7 @@ def _winners(
     smallest: Sequence[_one_run.Best],
     rows: pd.DataFrame,
     scale: str,
+    lacks: Sequence[str],
 ) -> tables.Table:
     by_setting = {one[:3]: one for one in smallest}
     text, values = [], []
@@ -188,6 +191,7 @@ def _winners(
         "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
         *_curves.patterns(rows),
         *failures(rows),
+        *lacks,
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)

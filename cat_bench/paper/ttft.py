@@ -18,6 +18,7 @@ from cat_bench.case import Case
 from cat_bench.columns import Column, faster, gib, milliseconds_with_interval, whole
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings
+from cat_bench.paper._lacking import not_measured
 from cat_bench.paper._settings import Content
 
 TITLE = "Time to first token over the prompt, batch 1"
@@ -54,11 +55,13 @@ def plan(scale: str) -> list[Case]:
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows = _measured(records, scale)
     axis = PROMPT.planned_by(plan(scale))
-    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, axis)
+    lacks = not_measured(rows, plan(scale), ARCHITECTURES, scale, ["prompt_len"])
+    also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
+    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, also)
     figure = _lines.line_figure(rows, PANELS, axis, says, is_smoke=scale == "smoke")
     if rows.empty:
         return Content((), figure, None)
-    return Content((_table(rows, scale),), figure, _plotted(rows))
+    return Content((_table(rows, scale, lacks),), figure, _plotted(rows))
 
 
 def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
@@ -89,13 +92,14 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _table(rows: pd.DataFrame, scale: str) -> tables.Table:
+def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table:
     made = tables.table(rows, COLUMNS, ["prompt_len"])
     notes = [
         "TTFT = prefill of the prompt and the choice of the first new token, median. vs Dense, "
         "vs Dense-2D = their median / ours, same prompt, same run, 95 % interval.",
         *_curves.patterns(rows),
         *failures(rows),
+        *lacks,
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)
