@@ -39,6 +39,16 @@ def _error_text(status: str, error: str) -> str:
     return " ".join(error.split()) if status == "unsupported" else error.strip().splitlines()[-1]
 
 
+def remarks(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note per remark of a run folder that is about one of these rows."""
+    if "remarks" not in rows:
+        return ()
+    found = [
+        f"remark on {row.run}: {remark.text}" for row in rows.itertuples() for remark in row.remarks
+    ]
+    return tuple(dict.fromkeys(found))
+
+
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
     """A note where a ratio had to take Dense from another run of the same device model."""
     if "dense_run" not in rows:

@@ -596,6 +596,32 @@ def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_pa
     assert len(note) <= 400 and note.endswith(" ...")
 
 
+def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_take_part_in_no_crossing(
+    tmp_path,
+) -> None:
+    cases = [c for c in plan("fig2") if c.arch in ("cat", "dense", "mamba2")]
+    resolved = {c.key: {"label": _settings.label(c.arch)} for c in cases}
+    run = measure(tmp_path, cases, resolved=resolved)
+    remark = {"text": "Stale.", "architectures": ["mamba2"], "metrics": ["peak_reserved_bytes"]}
+    (run.path / "remarks.json").write_text(json.dumps([remark]))
+    content, said = render("fig2", tmp_path), f"remark on {run.name}: Stale."
+    notes = content.tables[0].notes
+    assert said in notes and said in caption_of(content)
+    against = "CAT-8 against Mamba2: "
+    assert f"peak memory, {against}too few common points (without points under a remark)." in notes
+    assert f"latency, {against}lower at all 7 common points from 1 to 512." in notes
+    everything = crossover._measured(
+        _build.find(_build.all_records(tmp_path)[0], plan("crossover")).records, "h100"
+    )
+    pair = "CAT-8", "Mamba2", "batch_size"
+    assert _one_run.crossing(everything, *pair, "peak_bytes") == "-"
+    assert _one_run.crossing(everything, *pair, "tpot_s").startswith("lower from")
+    assert not any("Stale" in note for note in render("fig5", tmp_path).tables[0].notes)
+    (run.path / "remarks.json").write_text("[")
+    _, runs, skipped = _build.all_records(tmp_path)
+    assert runs == [] and "remarks.json is broken" in skipped[0]
+
+
 # --- our own exhibits: crossover and ttft ---------------------------------------------------------
 
 

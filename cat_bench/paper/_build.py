@@ -139,6 +139,7 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
         try:
             run = store.Run.open(path)
             store.frame([run])
+            run.remarks()
         except UserError as error:
             skipped.append(f"{path.name} is left out: {error.message} {error.hint}".strip())
             continue

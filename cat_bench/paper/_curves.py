@@ -11,7 +11,7 @@ from cat_bench.case import Case
 from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column
 from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _published, _settings
-from cat_bench.paper._lacking import not_measured
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 HALF_WINDOW = {_settings.label(name) for name in _settings.HALF_WINDOW}
@@ -34,7 +34,7 @@ def content(
     units = {panel.published for panel in panels}
     published = [point for point in published if point.unit in units]
     by = [axis.name] if axis.planned else []
-    lacks = not_measured(rows, cases, names, scale, by)
+    lacks = lacking(rows, cases, names, scale, by)
     also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
     says = caption(title, rows, names, scale, panels, also)
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
@@ -193,14 +193,23 @@ def crossing_notes(rows: pd.DataFrame, axis: figures.Axis) -> list[str]:
         for name in (name for name in labels if name.startswith("CAT-") and reference in labels):
             for metric, word in (("latency_s", "latency"), ("peak_bytes", "peak memory")):
                 lines = [_line(rows, text, axis.name, metric) for text in (name, reference)]
-                notes.append(f"{word}, {name} against {reference}: {crossing_text(*lines, axis)}.")
+                said = crossing_text(*lines, axis)
+                if any(_is_marked(rows, text, metric) for text in (name, reference)):
+                    said += " (without points under a remark)"
+                notes.append(f"{word}, {name} against {reference}: {said}.")
     return notes
+
+
+def _is_marked(rows: pd.DataFrame, name: str, metric: str) -> bool:
+    of_name = rows[rows["label"] == name]
+    return any(measurements.is_marked(row, metric) for _, row in of_name.iterrows())
 
 
 def _line(rows: pd.DataFrame, name: str, x: str, metric: str) -> dict[float, float]:
     ok = rows[(rows["label"] == name) & (rows["status"] == "ok")]
     if metric not in ok:
         return {}
+    ok = ok.loc[[index for index, row in ok.iterrows() if not measurements.is_marked(row, metric)]]
     return {float(a): float(b) for a, b in zip(ok[x], ok[metric], strict=True) if pd.notna(b)}
 
 

@@ -1,7 +1,7 @@
-"""What an exhibit lacks: cases of its plan that no run has closed, in one compact sentence.
+"""What an exhibit lacks: cases of its plan that no run has closed, and what its rows are remarked.
 
 An exhibit is read without the list of runs beside it: a system or cell that is not there must not
-look as if nobody had meant to measure it.
+look as if nobody had meant to measure it, nor a number that is known to be stale like any other.
 """
 
 import textwrap
@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from cat_bench.case import Case
+from cat_bench.notes import remarks
 from cat_bench.paper import _settings
 
 MAX_CHARACTERS = 400
 WORDS = {"batch_size": "batch", "seq_len": "length", "prompt_len": "prompt"}
 
 
-def not_measured(
+def lacking(
     rows: pd.DataFrame,
     cases: Sequence[Case],
     names: Sequence[str],
@@ -24,19 +25,25 @@ def not_measured(
     by: Sequence[str],
     name_of: Callable[[Case], str] | None = None,
 ) -> list[str]:
-    """ "Not measured, 3 of 8 cases: GDN; Mamba2 (length 1024)."; nothing where all is there.
+    """ "Not measured, 3 of 8 cases: GDN; Mamba2 (length 1024)." and the remarks of the rows' runs.
 
     `by`: the fields of a case that tell an architecture's cells apart. Without any row the exhibit
     says so itself.
     """
+    name_of = name_of or _by_architecture(names, cases, scale)
+    return [*_not_measured(rows, cases, by, name_of), *remarks(rows)]
+
+
+def _not_measured(
+    rows: pd.DataFrame, cases: Sequence[Case], by: Sequence[str], name_of: Callable[[Case], str]
+) -> list[str]:
     closed = set(rows["case"]) if len(rows) else set()
     missing = [case for case in cases if case.key not in closed]
     if not missing or rows.empty:
         return []
-    name_of = name_of or _by_architecture(names, cases, scale)
-    planned, lacking = _cells(cases, by, name_of), _cells(missing, by, name_of)
+    planned, unmeasured = _cells(cases, by, name_of), _cells(missing, by, name_of)
     groups: dict[tuple, list[str]] = {}
-    for name, cells in lacking.items():
+    for name, cells in unmeasured.items():
         groups.setdefault(() if cells == planned[name] else tuple(cells), []).append(name)
     parts = []
     for cells, group in groups.items():

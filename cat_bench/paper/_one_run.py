@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cat_bench import stats
+from cat_bench.measurements import is_marked
 
 SETTING = ["batch_size", "seq_len", "prompt_len"]
 
@@ -128,10 +129,11 @@ def crossing(
 def _gaps(
     rows: pd.DataFrame, subject: str, reference: str, x: str, metric: str
 ) -> dict[float, float]:
-    """x -> log(subject / reference), both of the newest run that has both."""
+    """x -> log(subject / reference), both of the newest run that has both; no marked value."""
     if metric not in rows:
         return {}
     ok = rows[(rows["status"] == "ok") & rows[metric].notna()]
+    ok = ok.loc[[index for index, row in ok.iterrows() if not is_marked(row, metric)]]
     ours, theirs = (
         {(row["run"], row[x]): row[metric] for _, row in ok[ok["label"] == label].iterrows()}
         for label in (subject, reference)

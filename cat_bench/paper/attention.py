@@ -17,7 +17,7 @@ from cat_bench.case import Case
 from cat_bench.columns import ATTENTION_COLUMNS, ATTENTION_DEFINITIONS
 from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _lines, _settings
-from cat_bench.paper._lacking import not_measured
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 from cat_bench.spec import parse
 
@@ -85,7 +85,7 @@ def arch_text(name: str, scale: str, seq_len: int) -> str:
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows, axis = _measured(records), LENGTH.planned_by(plan(scale))
-    lacks = not_measured(rows, plan(scale), (), scale, ["seq_len"], _names(scale))
+    lacks = lacking(rows, plan(scale), (), scale, ["seq_len"], _names(scale))
     also = [figures.GAPS, *lacks] if figures.has_gaps(_named(rows), axis) else lacks
     figure = _lines.line_figure(
         _named(rows), PANELS, axis, _caption(rows, scale, also), is_smoke=scale == "smoke"

@@ -31,7 +31,7 @@ from cat_bench.columns import (
 )
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings, fig2, fig3
-from cat_bench.paper._lacking import not_measured
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 TITLE = "Crossover: who is fastest and who is smallest, where"
@@ -83,7 +83,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         _lines.Map("smallest weights and state", _map(smallest)),
     ]
     axis = figures.LENGTH.planned_by(at_lengths(scale))
-    lacks = not_measured(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
+    lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
     also = [figures.GAPS, *lacks] if figures.has_gaps(lines, axis) else lacks
     figure = _lines.line_figure(
         lines, PANELS, axis, _caption(lines, rows, scale, also), maps, scale == "smoke"

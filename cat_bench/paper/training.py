@@ -26,7 +26,7 @@ from cat_bench.columns import (
 )
 from cat_bench.notes import bound_by_launches, disturbances, failures, foreign_dense
 from cat_bench.paper import _curves, _published, _settings
-from cat_bench.paper._lacking import not_measured
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 TITLE = "Training: time, memory and FLOPs of one step"
@@ -94,7 +94,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         *failures(rows),
     ]
     notes += [*foreign_dense(rows), *disturbances(rows), *bound_by_launches(rows)]
-    notes += not_measured(rows, plan(scale), names, scale, ["seq_len"])
+    notes += lacking(rows, plan(scale), names, scale, ["seq_len"])
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []

@@ -18,7 +18,7 @@ from cat_bench.case import Case
 from cat_bench.columns import Column, faster, gib, milliseconds_with_interval, whole
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings
-from cat_bench.paper._lacking import not_measured
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 TITLE = "Time to first token over the prompt, batch 1"
@@ -55,7 +55,7 @@ def plan(scale: str) -> list[Case]:
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows = _measured(records, scale)
     axis = PROMPT.planned_by(plan(scale))
-    lacks = not_measured(rows, plan(scale), ARCHITECTURES, scale, ["prompt_len"])
+    lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["prompt_len"])
     also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
     says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, also)
     figure = _lines.line_figure(rows, PANELS, axis, says, is_smoke=scale == "smoke")
