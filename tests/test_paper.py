@@ -513,6 +513,19 @@ def test_published_tables_show_the_papers_cells_and_no_number_of_ours() -> None:
     assert text["method"][best["PIQA"]].to_list() == ["Dense"]
 
 
+def test_remarks_on_the_papers_cells_stand_under_its_table_and_once_on_the_page(tmp_path) -> None:
+    theoretical = "Theoretical, not measured (marked * in the paper)."
+    _build.build(["table3"], "h100", tmp_path)
+    folder = tmp_path / "paper" / "h100"
+    for ending in ("md", "tex"):
+        text = (folder / f"table3.{ending}").read_text()
+        assert f"Paper, Sparse-2D, speed-up, memory reduction: {theoretical}" in text
+        assert "Paper, CAT-8, speed-up: The plotted points of Figure 2 give 1.19x" in text
+    page = html.unescape((folder / "report.html").read_text())
+    assert page.count(theoretical) == 1 and page.count("give 1.19x") == 1
+    assert "Remark: Batch 512, length 1024." in page  # on the whole table: no note of a cell
+
+
 def test_tables_tell_rows_of_one_label_apart() -> None:
     text = (
         _build.exhibit("table13").render(None, _published.points("table13"), "h100").tables[0].text

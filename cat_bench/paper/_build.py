@@ -314,6 +314,11 @@ def _shown_on(page: Path) -> dict[str, report.Section]:
     return {section.anchor: section for section in report.sections_of(text)}
 
 
+def _about(remark: str) -> str:
+    """The remark without the cells that it names, as a table's note says it."""
+    return remark.partition(": ")[2] or remark
+
+
 def _left_out(skipped: tuple[str, ...]) -> list[report.Section]:
     """First on the page: which runs are in no exhibit because their folders cannot be read."""
     title = "Warning: run folders that cannot be read"
@@ -325,7 +330,8 @@ def _section(status: Status, drawn: Content, folder: Path) -> report.Section:
     svgs = (svg.read_text(encoding="utf-8"),) if drawn.figure is not None else ()
     named = {point.exhibit for point in _published.load()}
     remarks = _published.remarks(status.name) if status.name in named else ()
-    remarks = tuple(f"Remark: {remark}" for remark in remarks)
+    noted = " ".join(note for table in drawn.tables for note in table.notes)
+    remarks = tuple(f"Remark: {text}" for text in remarks if _about(text) not in noted)
     word = f"{status.status} ({status.detail})" if status.detail else status.status
     shown = (*(replace(table, title="") for table in drawn.tables[:1]), *drawn.tables[1:])
     return report.Section(status.title, status.name, word, shown, svgs, remarks)
