@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import figures, predict, spec, store
+from cat_bench import figures, predict, spec, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.errors import UserError
 from cat_bench.paper import (
@@ -141,15 +141,19 @@ def test_the_window_of_gdn_h1_is_half_the_length() -> None:
     assert {c.seq_len for c in plan("fig3") if "window=2048" in c.arch} == {4096}
 
 
-def test_notes_tell_strides_and_windows(tmp_path) -> None:
-    cases = [c for c in plan("fig3") if not c.arch.startswith(("cat", "mamba2"))]
-    measure(tmp_path, cases, resolved=predict.resolve(cases))
+def test_notes_tell_heads_patterns_strides_windows_and_layers(tmp_path) -> None:
+    cases = plan("fig3")
+    run = measure(tmp_path, cases, resolved=predict.resolve(cases))
     records = _build.find(_build.all_records(tmp_path)[0], plan("fig3")).records
     content = _build.exhibit("fig3").render(records, [], "h100")
     assert (
-        "Stride and window, tokens: GDN-H1 window 512, 1024, 2048 (half the length); "
-        "BASED window 128; Sparse-2D stride 8; Sliding window 512."
+        "Settings: GDN heads 6; GDN-H1 heads 6, window 512, 1024, 2048 (half the length); "
+        "BASED heads 16, pattern cclcsccclcsc (c convolution, l linear attention, s window "
+        "attention), window 128; Sparse-2D stride 8; "
+        "Sliding window 512; layers 12 (CAT: of its decoder), Mamba2 24."
     ) in content.tables[0].notes
+    (note,) = (n for n in tables.run_table(run).notes if n.startswith("Settings: "))
+    assert "GDN heads 6;" in note and "GDN-H1 (window=2048) heads 6, window 2048;" in note
     assert "GDN-H1: window of half the length." in caption_of(content)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
 from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column
-from cat_bench.notes import failures, foreign_dense
+from cat_bench.notes import configurations, failures, foreign_dense
 from cat_bench.paper import _published, _settings
 from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
@@ -96,21 +96,9 @@ def caption(
     return "\n".join([f"{title}.", " ".join(parts)])
 
 
-def patterns(rows: pd.DataFrame) -> list[str]:
-    """A note on stride and window of all that have one, as their cases were configured."""
-    sizes: dict[tuple[str, str], dict[int, None]] = {}
-    for _, row in rows.sort_values("seq_len", kind="stable").iterrows():
-        for field in ("stride", "window"):
-            size = row.get(f"config.{field}")
-            unused = row.get("config.hybrid") in (False,)  # GDN's window; numpy's False, too
-            if pd.notna(size) and not unused:
-                sizes.setdefault((row["label"], field), {})[int(size)] = None
-    found = [
-        f"{label} {field} {', '.join(map(str, each))}"
-        + (" (half the length)" if label in HALF_WINDOW else "")
-        for (label, field), each in sizes.items()
-    ]
-    return [f"Stride and window, tokens: {'; '.join(found)}."] if found else []
+def patterns(rows: pd.DataFrame) -> tuple[str, ...]:
+    """What labels do not tell; some windows follow the length in exhibits."""
+    return configurations(rows, HALF_WINDOW)
 
 
 def no_row(names: Sequence[str], scale: str) -> str:
