@@ -149,7 +149,7 @@ NOTES = (
     "allocated = most bytes in tensors during a step, weights, gradients and AdamW's moments "
     "included (CPU: resident set); memory / Dense is the ratio of those.",
     "paper = its claim for CAT (Appendix B.5); time / Dense, Dense-2D = median step over theirs in "
-    "the same run, 95 % interval.",
+    "the same run, where that has Dense, 95 % interval.",
 )
 
 
