@@ -71,9 +71,12 @@ class Best(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval of the margin leaves 1 out; without an interval: whether it is 1."""
+        """Whether the interval of the margin leaves 1 out, and the margin is not printed as 1.00.
+
+        Without an interval the margin alone decides.
+        """
         low = self.margin.median if math.isnan(self.margin.low) else self.margin.low
-        return low > 1
+        return low > 1 and round(self.margin.median, 2) > 1
 
 
 def best(rows: pd.DataFrame, metric: str) -> list[Best]:

@@ -128,7 +128,7 @@ def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str, also: Sequence
         f"{BATCH_SIZE} as the lines, all others whole generations from a prompt of 8 (Figures 2 "
         f"and 3); in each box the best and its margin to the second, of a run that has every "
         f"architecture measured there (else the box is empty); ~ = the interval of the margin "
-        f"holds 1."
+        f"holds 1, or the margin rounds to 1.00."
     )
 
 
@@ -186,7 +186,8 @@ def _winners(
         )
     notes = [
         "fastest = least time per step of the whole batch; ahead of = the second, its time / the "
-        "first's with a 95 % interval, both of the run named; ~ = the interval holds 1.",
+        "first's with a 95 % interval, both of the run named; ~ = the interval holds 1, or the "
+        "margin rounds to 1.00.",
         "smallest = least weights + live state while decoding. of = architectures compared.",
         "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
         *_curves.patterns(rows),
