@@ -26,8 +26,12 @@ def content(
     axis: figures.Axis,
     scale: str,
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
+    says_also: Sequence[str] = (),
 ) -> Content:
-    """The figure, its rows, and a table with % of floor, ratios and crossing points."""
+    """The figure, its rows, and a table with % of floor, ratios and crossing points.
+
+    `says_also`: sentences for the caption.
+    """
     rows, axis = measured(records, names, cases, scale), axis.planned_by(cases)
     if _settings.only_reference(names, scale):
         rows = rows.iloc[:0]  # Dense without its subject: the paper's points alone say more
@@ -36,7 +40,7 @@ def content(
     by = [axis.name] if axis.planned else []
     lacks = lacking(rows, cases, names, scale, by)
     also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
-    says = caption(title, rows, names, scale, panels, also)
+    says = caption(title, rows, names, scale, panels, [*says_also, *also])
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
     listed = _with_d_state(rows) if axis == figures.D_STATE and len(rows) else rows
     made = (ratio_table(title, listed, names, axis, scale, lacks),) if len(rows) else ()
