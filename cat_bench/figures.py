@@ -213,10 +213,19 @@ def draw_panel(
         if len(rows):
             _draw_ours(axes, panel, rows[rows["label"] == label], axis, number)
         _draw_published(axes, points.get(label, {}), look(label, number))
+    is_out = len(rows) > 0 and (rows["status"] == "oom").any()
+    if not is_out and not np.isfinite(axes.dataLim.intervaly).all():
+        _say_not_run(axes, "not run: Dense" if panel.is_ratio and len(rows) else "not run")
     axes.set_xlabel(axis.label)
     axes.set_ylabel(panel.label)
     _scale_x(axes, _ticks(axis, rows, published))
     _scale_y(axes)
+
+
+def _say_not_run(axes: Axes, text: str) -> None:
+    """Instead of ticks, which would name numbers that nobody measured."""
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.5")
 
 
 def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number: int) -> None:

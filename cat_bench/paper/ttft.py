@@ -28,6 +28,10 @@ ARCHITECTURES_SMOKE = ("dense", "dense-2d", "cat-8")  # enough to prove the pipe
 PROMPTS = (1024, 4096, 16_384, 32_768)  # tokens
 NEW_TOKENS = 8
 SMOKE_PROMPTS, SMOKE_LENGTH = (_settings.PROMPT_LEN, 56), 64  # the first is Figure 2's case
+LAUNCHES = (
+    f"Short prompts (here {PROMPTS[0]}) are bound by launching kernels from Python, not by the "
+    "GPU: compare systems at the longer ones."
+)
 PROMPT = figures.Axis("prompt_len", "Prompt (tokens)")
 PANELS = (
     figures.Panel(
@@ -57,6 +61,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     axis = PROMPT.planned_by(plan(scale))
     lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["prompt_len"])
     also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
+    also = [*also, LAUNCHES] if len(rows) and "cuda" in set(rows["device"]) else also
     says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, also)
     figure = _lines.line_figure(rows, PANELS, axis, says, is_smoke=scale == "smoke")
     if rows.empty:
@@ -101,6 +106,7 @@ def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table
         *failures(rows),
         *lacks,
     ]
+    notes += [LAUNCHES] if "cuda" in set(rows["device"]) else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)
     notes += [f"Not built yet: {', '.join(absent)}."] if absent else []
