@@ -72,7 +72,10 @@ def configurations(rows: pd.DataFrame, half_window: Collection[str] = ()) -> tup
         says = " (half the length)" if word == "window" and label in half_window else ""
         says = PATTERN_LETTERS if word == "pattern" else says
         by_label.setdefault(label, []).append(f"{word} {', '.join(sizes)}{says}")
-    parts = [f"{label} {', '.join(each)}" for label, each in by_label.items()]
+    alike: dict[str, list[str]] = {}  # what is told -> the labels of which it is
+    for label, each in by_label.items():
+        alike.setdefault(", ".join(each), []).append(label)
+    parts = [f"{', '.join(labels)} {told}" for told, labels in alike.items()]
     parts += [_layers(layers)] if layers else []
     return (f"Settings: {'; '.join(parts)}.",) if parts else ()
 
@@ -97,13 +100,14 @@ def _layers(labels_by_count: dict[int, dict[str, None]]) -> str:
 
 
 def remarks(rows: pd.DataFrame) -> tuple[str, ...]:
-    """A note per remark of a run folder that is about one of these rows."""
+    """A note per run folder whose remarks are about some of these rows."""
     if "remarks" not in rows:
         return ()
-    found = [
-        f"remark on {row.run}: {remark.text}" for row in rows.itertuples() for remark in row.remarks
-    ]
-    return tuple(dict.fromkeys(found))
+    texts: dict[str, dict[str, None]] = {}
+    for row in rows.itertuples():
+        for remark in row.remarks:
+            texts.setdefault(row.run, {})[remark.text] = None
+    return tuple(f"Remark on {run}: {' '.join(each)}" for run, each in texts.items())
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:

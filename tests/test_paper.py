@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import figures, predict, spec, store, tables
+from cat_bench import figures, predict, spec, stats, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.errors import UserError
 from cat_bench.paper import (
@@ -422,8 +422,9 @@ def test_figures_7_and_8_say_that_kept_scores_are_not_reproduced(tmp_path) -> No
     assert longest == 256 * (4096 - 8) * 50_432 * 2 and round(longest / 1e9, 1) == 105.6
     measure(tmp_path, plan("fig7"))
     for name in ("fig7", "fig8"):
-        records = _build.find(_build.all_records(tmp_path)[0], plan(name)).records
-        table = _build.exhibit(name).render(records, _build.points_of(name), "h100").tables[0]
+        content = render(name, tmp_path)
+        table = content.tables[0]
+        assert fig7.CACHE in table.notes and fig7.CACHE in caption_of(content)
         assert table.notes[-1].startswith("Not reproduced and not timed: scores kept.")
         assert table.notes[-1].endswith("24.4, 49.1, 98.3 GiB more at lengths 1024, 2048, 4096.")
         assert any("keeps none" in remark for remark in _published.remarks(name))
@@ -621,7 +622,7 @@ def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_take_part_in_no
     run = measure(tmp_path, cases, resolved=resolved)
     remark = {"text": "Stale.", "architectures": ["mamba2"], "metrics": ["peak_reserved_bytes"]}
     (run.path / "remarks.json").write_text(json.dumps([remark]))
-    content, said = render("fig2", tmp_path), f"remark on {run.name}: Stale."
+    content, said = render("fig2", tmp_path), f"Remark on {run.name}: Stale."
     notes = content.tables[0].notes
     assert said in notes and said in caption_of(content)
     against = "CAT-8 against Mamba2: "
@@ -730,6 +731,37 @@ def test_time_to_first_token_has_ratios_of_its_own_run(tmp_path) -> None:
     table = (tmp_path / "paper" / "h100" / "ttft_table.md").read_text()
     cat8 = next(line for line in table.splitlines() if line.startswith("| CAT-8"))
     assert cat8.count("2.00x faster [2.00, 2.00]") == 2  # Dense and Dense-2D
+    assert "bound by launching kernels from Python" in table
+
+
+def test_a_panel_of_ratios_without_its_reference_says_so_instead_of_naming_ticks(tmp_path) -> None:
+    measure(tmp_path, [c for c in plan("ttft") if c.arch != "dense"])
+    times, ratios = render("ttft", tmp_path).figure.axes
+    assert "not run: Dense" in {text.get_text() for text in ratios.texts}
+    assert len(ratios.get_yticks()) == 0 and len(times.get_yticks()) > 1
+    measure(tmp_path, [c for c in plan("ttft")])
+    assert not {"not run: Dense"} & {
+        text.get_text() for text in render("ttft", tmp_path).figure.axes[1].texts
+    }
+
+
+def test_no_leader_crosses_the_panel_in_a_lines_colour(tmp_path) -> None:
+    """CAT-8 ends at the first prompt: its name stands there, without a leader."""
+    measure(tmp_path, [c for c in plan("ttft") if c.arch == "dense" or c.prompt_len == 1024])
+    texts = {text.get_text(): text for text in render("ttft", tmp_path).figure.axes[0].texts}
+    assert texts["CAT-8"].xy[0] == 1024 and texts["CAT-8"].arrow_patch is None
+    color = texts["Dense"].arrow_patch.get_edgecolor()[:3]
+    assert len(set(color)) == 1 and color != (0, 0, 0)  # grey
+
+
+def test_a_margin_that_prints_as_one_names_no_clear_winner() -> None:
+    def best(*ends: float) -> _one_run.Best:
+        margin = stats.Interval(*ends, 5)
+        return _one_run.Best(1, 1024, 8, "0001-a", "Sliding", 1.0, "BASED", margin, 2)
+
+    assert not best(1.002, 1.001, 1.004).is_clear
+    assert not best(1.02, 0.99, 1.04).is_clear
+    assert best(1.02, 1.01, 1.04).is_clear
 
 
 def test_figure_6_names_each_state_size_in_its_table() -> None:

@@ -152,7 +152,7 @@ def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> Non
     remark = {"text": "Old peak.", "architectures": ["CAT-8"], "metrics": ["peak_reserved_bytes"]}
     path = run.path / "remarks.json"
     path.write_text(json.dumps([remark]))
-    said = "remark on 0001-fig: Old peak."
+    said = "Remark on 0001-fig: Old peak."
     assert said in tables.run_table(run).notes and said in report.report_text([run], "markdown")
     rows = measurements.measured(measurements.frame([run])).set_index("label")
     assert measurements.is_marked(rows.loc["CAT-8"], "peak_bytes")
