@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cat_bench import stats, store
+from cat_bench import remarks, stats, store
 from cat_bench.environment import machine_line
 
 SETTINGS = ("autocast", "checkpoint")  # of Case.settings: those that make another measurement
@@ -55,8 +55,8 @@ def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
     return records
 
 
-def _remarks(records: pd.DataFrame, runs: Sequence[store.Run]) -> list[tuple[store.Remark, ...]]:
-    by_run = {run.name: run.remarks() for run in runs}
+def _remarks(records: pd.DataFrame, runs: Sequence[store.Run]) -> list[tuple[remarks.Remark, ...]]:
+    by_run = {run.name: remarks.read(run) for run in runs}
     rows = zip(records["run"], records["label"], records["arch"], strict=True)
     return [tuple(r for r in by_run[run] if r.is_about(*row)) for run, *row in rows]
 

@@ -3,7 +3,7 @@
     results/0004-fig2/  environment.json   machine, commit, versions, command line
                         plan.json          every case, and what its spec resolved to
                         records.jsonl      append-only, one row per Record, schema version in each
-                        remarks.json       optional, by hand: what to know before using some rows
+                        remarks.json       optional, by hand: remarks.py
 
 One writer per run; readers modify nothing. A case's rows are written at once, its closing row
 (metric "case") last, so a case counts as run exactly when its closing row is there. A line that an
@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,18 +39,6 @@ CLOSING = "case"  # the metric of the row that closes a case; its value is the w
 COLUMNS = tuple(field.name for field in fields(Record)) + ("schema",)
 _REQUIRED = frozenset(COLUMNS)
 CASE_FIELDS = tuple(field.name for field in fields(Case))
-
-
-@dataclass(frozen=True)
-class Remark:
-    """What to know about some rows of a run, written after it."""
-
-    text: str  # one line
-    architectures: tuple[str, ...]  # labels ("GDN") or file names ("mamba2": of any settings)
-    metrics: tuple[str, ...]  # as in records.jsonl
-
-    def is_about(self, label: str, arch: str) -> bool:
-        return bool({label, arch.partition(":")[0]} & set(self.architectures))
 
 
 class Run:
@@ -158,29 +146,6 @@ class Run:
     def resolved(self) -> dict[str, dict]:
         """Case key -> what the plan resolved: {"label": "CAT-8", "config": {...}, ...}."""
         return self._plan()["resolved"]
-
-    def remarks(self) -> tuple[Remark, ...]:
-        """remarks.json, checked: a misspelt name would silently mark nothing."""
-        path = self.path / "remarks.json"
-        if not path.exists():
-            return ()
-        described = [
-            _describe(self, c, self.resolved().get(k, {})) for k, c in self.cases().items()
-        ]
-        labels = {each["label"] for each in described}
-        names = labels | {each["arch"].partition(":")[0] for each in described}
-        metrics = {row["metric"] for row in self._rows()}
-        with _explained(path, "read"):
-            data = path.read_bytes()
-        try:
-            entries = json.loads(data)
-            if not isinstance(entries, list):
-                raise ValueError(f"got {type(entries).__name__}, expected a list")
-            return tuple(_remark(entry, names, metrics) for entry in entries)
-        except ValueError as error:
-            raise UserError(
-                f"{path} is broken: {error}.", "Correct it; results/README.md shows its form."
-            ) from error
 
     def extend_plan(self, cases: Iterable[Case], resolved: Mapping[str, dict]) -> None:
         """Add cases to plan.json: the old ones stay, the file is replaced as a whole."""
@@ -327,26 +292,6 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         ) from error
     _check_schema(row["schema"], f"{path}, line {number}")
     return row
-
-
-def _remark(entry: Any, names: set[str], metrics: set[str]) -> Remark:
-    """Raises ValueError on anything else than a text and two lists of known names."""
-    wanted = {"text", "architectures", "metrics"}
-    if not isinstance(entry, dict) or entry.keys() != wanted:
-        raise ValueError(f"got {entry!r}, expected an object of {', '.join(sorted(wanted))}")
-    text = entry["text"]
-    if not isinstance(text, str) or not text.strip() or "\n" in text:
-        raise ValueError(f"got text {text!r}, expected one line")
-    for field, known in (("architectures", names), ("metrics", metrics)):
-        given = entry[field]
-        if not isinstance(given, list) or not given:
-            raise ValueError(f"got {field} {given!r}, expected a list of names")
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ValueError(
-                f"got {field} {unknown}, which this run lacks; it has {', '.join(sorted(known))}"
-            )
-    return Remark(text, tuple(entry["architectures"]), tuple(entry["metrics"]))
 
 
 def _check_schema(schema: Any, where: str) -> None:

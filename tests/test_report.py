@@ -163,7 +163,7 @@ def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> Non
         ({"metrics": ["peak"]}, "peak.*peak_reserved_bytes"),
         ({"metrics": []}, "expected a list of names"),
         ({"text": "two\nlines"}, "expected one line"),
-        ({"author": "me"}, "expected an object of architectures, metrics, text"),
+        ({"author": "me"}, "expected an object of text, architectures, metrics"),
     ):
         path.write_text(json.dumps([remark | wrong]))
         with pytest.raises(UserError, match=words):

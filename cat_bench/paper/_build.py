@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pandas as pd
 
-from cat_bench import figures, measurements, report, spec, store
+from cat_bench import figures, measurements, remarks, report, spec, store
 from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.paper import _published, _settings
@@ -139,7 +139,7 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
         try:
             run = store.Run.open(path)
             store.frame([run])
-            run.remarks()
+            remarks.read(run)
         except UserError as error:
             skipped.append(f"{path.name} is left out: {error.message} {error.hint}".strip())
             continue
@@ -329,9 +329,9 @@ def _section(status: Status, drawn: Content, folder: Path) -> report.Section:
     svg = folder / f"{status.name}.svg"
     svgs = (svg.read_text(encoding="utf-8"),) if drawn.figure is not None else ()
     named = {point.exhibit for point in _published.load()}
-    remarks = _published.remarks(status.name) if status.name in named else ()
+    told = _published.remarks(status.name) if status.name in named else ()
     noted = " ".join(note for table in drawn.tables for note in table.notes)
-    remarks = tuple(f"Remark: {text}" for text in remarks if _about(text) not in noted)
+    told = tuple(f"Remark: {text}" for text in told if _about(text) not in noted)
     word = f"{status.status} ({status.detail})" if status.detail else status.status
     shown = (*(replace(table, title="") for table in drawn.tables[:1]), *drawn.tables[1:])
-    return report.Section(status.title, status.name, word, shown, svgs, remarks)
+    return report.Section(status.title, status.name, word, shown, svgs, told)
