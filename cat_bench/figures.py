@@ -62,6 +62,8 @@ LOG_STEPS = (  # of the ticks of a logarithmic axis, coarse to fine
     (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),  # two steps: 1.5 times at most
 )
 PAPER_DOTS = (0, (1, 2))
+GAP_DASHES = {"linestyle": (0, (6, 5)), "linewidth": 0.5, "alpha": 0.6}
+GAPS = "Thin dashes: planned points between are not measured."  # said where there are any
 THIN_MARKERS = {"P": 7, "X": 6.5, "*": 7}  # the white edge would leave a cross or a dot
 
 
@@ -139,6 +141,16 @@ class Axis(NamedTuple):
 
     name: str  # column of the rows and coordinate of the published points
     label: str
+    planned: tuple[float, ...] = ()  # every x of the exhibit's plan; empty: no line has gaps
+
+    def skips(self, x0: float, x1: float) -> bool:
+        """Whether the plan has a point between two neighbours of a line: nothing is known there."""
+        return any(x0 < x < x1 for x in self.planned)
+
+    def planned_by(self, cases: Sequence) -> "Axis":
+        """This axis with every x of the plan `cases`; d_state is no field of a case."""
+        x = {float(getattr(case, self.name)) for case in cases if hasattr(case, self.name)}
+        return self._replace(planned=tuple(sorted(x)))
 
 
 BATCH = Axis("batch_size", "Batch size")
@@ -201,10 +213,19 @@ def draw_panel(
         if len(rows):
             _draw_ours(axes, panel, rows[rows["label"] == label], axis, number)
         _draw_published(axes, points.get(label, {}), look(label, number))
+    is_out = len(rows) > 0 and (rows["status"] == "oom").any()
+    if not is_out and not np.isfinite(axes.dataLim.intervaly).all():
+        _say_not_run(axes, "not run: Dense" if panel.is_ratio and len(rows) else "not run")
     axes.set_xlabel(axis.label)
     axes.set_ylabel(panel.label)
     _scale_x(axes, _ticks(axis, rows, published))
     _scale_y(axes)
+
+
+def _say_not_run(axes: Axes, text: str) -> None:
+    """Instead of ticks, which would name numbers that nobody measured."""
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.5")
 
 
 def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number: int) -> None:
@@ -217,10 +238,15 @@ def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number:
         axes.axhline(level / panel.divisor, color=style.color, linewidth=1.5, zorder=1)
     ok = ok[ok[axis.name].notna()]
     x, y = ok[axis.name].astype(float), ok[panel.value].astype(float) / panel.divisor
+    gaps = _gaps(x, axis)
     axes.plot(
-        x, y, color=style.color, marker=style.marker, linestyle=style.line,
-        markersize=_marker_size(style), markeredgecolor="white", markeredgewidth=0.5, zorder=4,
+        np.insert(x, gaps, np.nan), np.insert(y, gaps, np.nan), color=style.color,
+        marker=style.marker, linestyle=style.line, markersize=_marker_size(style),
+        markeredgecolor="white", markeredgewidth=0.5, zorder=4,
     )  # fmt: skip
+    for end in gaps:
+        ends = slice(end - 1, end + 1)
+        axes.plot(x[ends], y[ends], color=style.color, zorder=3, **GAP_DASHES)
     error = _error(ok, panel, y)
     if error is not None:
         axes.errorbar(x, y, error, fmt="none", ecolor=style.color, capsize=2.5, zorder=3)
@@ -231,6 +257,20 @@ def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number:
             color=style.color, marker="x", markersize=6.5, markeredgewidth=1.8, linestyle="none",
             clip_on=False, zorder=5,
         )  # fmt: skip
+
+
+def _gaps(x: Sequence[float], axis: Axis) -> list[int]:
+    """Where the line from x[i - 1] to x[i] passes over planned points: every such i."""
+    x = list(x)
+    return [i for i in range(1, len(x)) if axis.skips(x[i - 1], x[i])]
+
+
+def has_gaps(rows: pd.DataFrame, axis: Axis) -> bool:
+    """Whether a line of these rows passes over planned points that were not measured."""
+    if rows.empty or not axis.planned:
+        return False
+    ok = rows[rows["status"] == "ok"]
+    return any(_gaps(sorted(part[axis.name]), axis) for _, part in ok.groupby("label"))
 
 
 def _marker_size(style: Look) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cat_bench import stats, store
+from cat_bench import remarks, stats, store
 from cat_bench.environment import machine_line
 
 SETTINGS = ("autocast", "checkpoint")  # of Case.settings: those that make another measurement
@@ -27,13 +27,18 @@ MEMORY_RATIOS = {
 }
 ATTENTION_SIZES = ("num_layers", "compressor_layers", "vocab_size")
 HEAD_WIDTH = 64
+DERIVED_FROM = {  # columns that are made here and in exhibits -> what records.jsonl calls them
+    "peak_bytes": ("peak_reserved_bytes", "peak_rss_bytes"),
+    "held_bytes": ("weights_bytes", "state_live_bytes"),
+}
 CEILINGS = ("read_bandwidth_bytes_per_s", "matmul_flops_per_s")
 
 
 def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
     """`store.frame` with columns more: "machine", the line that stands over a table of these rows,
-    "commit", of the code that measured them ("3ffb64ca+": and changes to it), and "best_<ceiling>",
-    the highest in the run, drift references included.
+    "commit", of the code that measured them ("3ffb64ca+": and changes to it), "remarks", those of
+    the run that are about the row's architecture, and "best_<ceiling>", the highest in the run,
+    drift references included.
     """
     records = store.frame(list(runs))
     environments = {run.name: run.environment for run in runs}
@@ -41,12 +46,25 @@ def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
     records = records.assign(
         machine=[machine_line(environments[run], dev) for run, dev in pairs],
         commit=[_commit(environments[run]) for run, _ in pairs],
+        remarks=_remarks(records, runs),
     )
     for ceiling in CEILINGS:
         values = records["value"].where(records["metric"] == ceiling)
         best = values.groupby([records["run"], records["device"]]).transform("max")
         records = records.assign(**{f"best_{ceiling}": best})
     return records
+
+
+def _remarks(records: pd.DataFrame, runs: Sequence[store.Run]) -> list[tuple[remarks.Remark, ...]]:
+    by_run = {run.name: remarks.read(run) for run in runs}
+    rows = zip(records["run"], records["label"], records["arch"], strict=True)
+    return [tuple(r for r in by_run[run] if r.is_about(*row)) for run, *row in rows]
+
+
+def is_marked(row: pd.Series, metric: str) -> bool:
+    """Whether a remark is about this value: then no conclusion is drawn from it."""
+    stored = DERIVED_FROM.get(metric, (metric,))
+    return any({*stored} & {*remark.metrics} for remark in row.get("remarks", ()))
 
 
 def _commit(environment: dict) -> str:

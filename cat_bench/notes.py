@@ -3,12 +3,19 @@
 Everything here is a pure function of measured rows; a note is one line.
 """
 
+import math
+from collections.abc import Collection
+
 import pandas as pd
 
 from cat_bench import stats
 from cat_bench.columns import TRAINING_PARTS, digits, milliseconds
 from cat_bench.measurements import closed_rows, is_reference, latency_samples
 
+PATTERN_FIELDS = {  # of Config -> the word in a note
+    "num_heads": "heads", "pattern": "pattern", "stride": "stride", "window": "window",
+}  # fmt: skip
+PATTERN_LETTERS = " (c convolution, l linear attention, s window attention)"  # BASED's
 MAX_PARTS_GAP = 0.05  # forward + backward + optimizer against the whole training step
 MIN_LAUNCH_SHARE = 0.95  # of a step: GPU-bound, the launches end well before it
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
@@ -37,6 +44,70 @@ def _case_name(row: pd.Series) -> str:
 def _error_text(status: str, error: str) -> str:
     """A traceback's last line names its error; of a sentence for users every line counts."""
     return " ".join(error.split()) if status == "unsupported" else error.strip().splitlines()[-1]
+
+
+def configurations(rows: pd.DataFrame, half_window: Collection[str] = ()) -> tuple[str, ...]:
+    """A note on what labels do not tell: heads, layer pattern, stride, window and layers of all
+    that have one, as their cases were configured. `half_window`: labels whose window follows the
+    length. The suite attention has one layer and no pattern.
+    """
+    rows = rows[rows["suite"] != "attention"] if "suite" in rows else rows
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    layers: dict[int, dict[str, None]] = {}
+    for _, row in rows.sort_values("seq_len", kind="stable").iterrows():
+        for field, word in PATTERN_FIELDS.items():
+            size = row.get(f"config.{field}")
+            if field == "num_heads" and pd.isna(size):
+                size = _heads_by_rule(row)
+            unused = field == "window" and row.get("config.hybrid") in (False,)  # GDN; numpy's, too
+            if pd.notna(size) and not unused:
+                size = size if isinstance(size, str) else f"{size:.0f}"
+                found.setdefault((row["label"], word), {})[size] = None
+        pattern, count = row.get("config.pattern"), row.get("config.num_layers")
+        count = len(pattern) if isinstance(pattern, str) else count
+        if pd.notna(count):
+            layers.setdefault(int(count), {})[row["label"]] = None
+    by_label: dict[str, list[str]] = {}
+    for (label, word), sizes in found.items():
+        says = " (half the length)" if word == "window" and label in half_window else ""
+        says = PATTERN_LETTERS if word == "pattern" else says
+        by_label.setdefault(label, []).append(f"{word} {', '.join(sizes)}{says}")
+    alike: dict[str, list[str]] = {}  # what is told -> the labels of which it is
+    for label, each in by_label.items():
+        alike.setdefault(", ".join(each), []).append(label)
+    parts = [f"{', '.join(labels)} {told}" for told, labels in alike.items()]
+    parts += [_layers(layers)] if layers else []
+    return (f"Settings: {'; '.join(parts)}.",) if parts else ()
+
+
+def _heads_by_rule(row: pd.Series) -> float:
+    """GDN's heads where no number is given: as baselines/gated_deltanet.py, which needs torch."""
+    width, key_width = (row.get(f"config.{name}") for name in ("width", "key_width"))
+    return 0.75 * width / key_width if pd.notna(width) and pd.notna(key_width) else math.nan
+
+
+def _layers(labels_by_count: dict[int, dict[str, None]]) -> str:
+    """ "layers 12, Mamba2 24": the usual number, then whose is another one."""
+    usual = max(labels_by_count, key=lambda count: len(labels_by_count[count]))
+    others = [
+        f", {label} {count}"
+        for count, labels in labels_by_count.items()
+        if count != usual
+        for label in labels
+    ]
+    is_cat = any(label.startswith("CAT") for label in labels_by_count[usual])
+    return f"layers {usual}{' (CAT: of its decoder)' if is_cat else ''}{''.join(others)}"
+
+
+def remarks(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note per run folder whose remarks are about some of these rows."""
+    if "remarks" not in rows:
+        return ()
+    texts: dict[str, dict[str, None]] = {}
+    for row in rows.itertuples():
+        for remark in row.remarks:
+            texts.setdefault(row.run, {})[remark.text] = None
+    return tuple(f"Remark on {run}: {' '.join(each)}" for run, each in texts.items())
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:

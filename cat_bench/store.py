@@ -3,6 +3,7 @@
     results/0004-fig2/  environment.json   machine, commit, versions, command line
                         plan.json          every case, and what its spec resolved to
                         records.jsonl      append-only, one row per Record, schema version in each
+                        remarks.json       optional, by hand: remarks.py
 
 One writer per run; readers modify nothing. A case's rows are written at once, its closing row
 (metric "case") last, so a case counts as run exactly when its closing row is there. A line that an

@@ -31,7 +31,7 @@ from cat_bench.columns import (
     whole,
 )
 from cat_bench.measurements import SETTINGS, frame, joined, measured, summary
-from cat_bench.notes import failures, foreign_dense, warnings
+from cat_bench.notes import configurations, failures, foreign_dense, remarks, warnings
 
 NOT_GENERATING = ("training", "attention")  # suites without decode path, prompt and steps
 
@@ -84,8 +84,10 @@ def records_table(records: pd.DataFrame) -> Table:
     notes = (
         *definitions,
         *((LOOP_DEFINITION,) if "loop_ratio" in rows else ()),
+        *configurations(rows),
         *failures(rows),
         *foreign_dense(rows),
+        *remarks(rows),
         *warnings(rows, records),
     )
     return replace(
@@ -101,7 +103,13 @@ def _upstream_table(rows: pd.DataFrame, records: pd.DataFrame) -> Table:
     rows = rows.sort_values("loop", kind="stable")  # ours, upstream
     shown = dict.fromkeys([*rows.columns, "latency_s", "loop_ratio"])  # also where nothing ran
     rows = dense_first(rows).reindex(columns=list(shown))
-    notes = (LOOP_DEFINITION, *failures(rows), *warnings(rows, records))
+    notes = (
+        LOOP_DEFINITION,
+        *configurations(rows),
+        *failures(rows),
+        *remarks(rows),
+        *warnings(rows, records),
+    )
     heading = " · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)])
     made = table(rows, (*_distinguishing(rows), *UPSTREAM_COLUMNS))
     return replace(made, heading=heading, notes=notes)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import figures, predict, spec, store
+from cat_bench import figures, predict, spec, stats, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.errors import UserError
 from cat_bench.paper import (
@@ -70,6 +70,11 @@ def measure(
 
 def status_of(results: Path, name: str, scale: str = "h100") -> _build.Status:
     return next(s for s in _build.statuses(results, scale) if s.name == name)
+
+
+def render(name: str, results: Path, scale: str = "h100") -> _settings.Content:
+    records = _build.find(_build.all_records(results)[0], plan(name, scale)).records
+    return _build.exhibit(name).render(records, _build.points_of(name), scale)
 
 
 def test_every_exhibit_is_found_in_the_papers_order() -> None:
@@ -136,15 +141,19 @@ def test_the_window_of_gdn_h1_is_half_the_length() -> None:
     assert {c.seq_len for c in plan("fig3") if "window=2048" in c.arch} == {4096}
 
 
-def test_notes_tell_strides_and_windows(tmp_path) -> None:
-    cases = [c for c in plan("fig3") if not c.arch.startswith(("cat", "mamba2"))]
-    measure(tmp_path, cases, resolved=predict.resolve(cases))
+def test_notes_tell_heads_patterns_strides_windows_and_layers(tmp_path) -> None:
+    cases = plan("fig3")
+    run = measure(tmp_path, cases, resolved=predict.resolve(cases))
     records = _build.find(_build.all_records(tmp_path)[0], plan("fig3")).records
     content = _build.exhibit("fig3").render(records, [], "h100")
     assert (
-        "Stride and window, tokens: GDN-H1 window 512, 1024, 2048 (half the length); "
-        "BASED window 128; Sparse-2D stride 8; Sliding window 512."
+        "Settings: GDN heads 6; GDN-H1 heads 6, window 512, 1024, 2048 (half the length); "
+        "BASED heads 16, pattern cclcsccclcsc (c convolution, l linear attention, s window "
+        "attention), window 128; Sparse-2D stride 8; "
+        "Sliding window 512; layers 12 (CAT: of its decoder), Mamba2 24."
     ) in content.tables[0].notes
+    (note,) = (n for n in tables.run_table(run).notes if n.startswith("Settings: "))
+    assert "GDN heads 6;" in note and "GDN-H1 (window=2048) heads 6, window 2048;" in note
     assert "GDN-H1: window of half the length." in caption_of(content)
 
 
@@ -413,8 +422,9 @@ def test_figures_7_and_8_say_that_kept_scores_are_not_reproduced(tmp_path) -> No
     assert longest == 256 * (4096 - 8) * 50_432 * 2 and round(longest / 1e9, 1) == 105.6
     measure(tmp_path, plan("fig7"))
     for name in ("fig7", "fig8"):
-        records = _build.find(_build.all_records(tmp_path)[0], plan(name)).records
-        table = _build.exhibit(name).render(records, _build.points_of(name), "h100").tables[0]
+        content = render(name, tmp_path)
+        table = content.tables[0]
+        assert fig7.CACHE in table.notes and fig7.CACHE in caption_of(content)
         assert table.notes[-1].startswith("Not reproduced and not timed: scores kept.")
         assert table.notes[-1].endswith("24.4, 49.1, 98.3 GiB more at lengths 1024, 2048, 4096.")
         assert any("keeps none" in remark for remark in _published.remarks(name))
@@ -448,7 +458,7 @@ def test_build_measures_what_is_missing_once_and_writes_all_files(tmp_path) -> N
     assert "<th" in page.split("per token</h3>")[1].split("</table>")[0]
     table = (tmp_path / "paper" / "h100" / "fig3_table.md").read_text()
     assert "2.00x faster [2.00, 2.00]" in table and "50 %" in table
-    assert "latency, CAT-8 against Dense: lower everywhere from 1024 to 4096." in table
+    assert "latency, CAT-8 against Dense: lower at all 3 common points from 1024 to 4096." in table
 
 
 def test_an_exhibit_rendered_alone_takes_its_place_in_the_report(tmp_path) -> None:
@@ -508,6 +518,19 @@ def test_published_tables_show_the_papers_cells_and_no_number_of_ours() -> None:
     assert text["method"][best["PIQA"]].to_list() == ["Dense"]
 
 
+def test_remarks_on_the_papers_cells_stand_under_its_table_and_once_on_the_page(tmp_path) -> None:
+    theoretical = "Theoretical, not measured (marked * in the paper)."
+    _build.build(["table3"], "h100", tmp_path)
+    folder = tmp_path / "paper" / "h100"
+    for ending in ("md", "tex"):
+        text = (folder / f"table3.{ending}").read_text()
+        assert f"Paper, Sparse-2D, speed-up, memory reduction: {theoretical}" in text
+        assert "Paper, CAT-8, speed-up: The plotted points of Figure 2 give 1.19x" in text
+    page = html.unescape((folder / "report.html").read_text())
+    assert page.count(theoretical) == 1 and page.count("give 1.19x") == 1
+    assert "Remark: Batch 512, length 1024." in page  # on the whole table: no note of a cell
+
+
 def test_tables_tell_rows_of_one_label_apart() -> None:
     text = (
         _build.exhibit("table13").render(None, _published.points("table13"), "h100").tables[0].text
@@ -531,14 +554,90 @@ def test_table3_puts_our_ratios_beside_the_papers(tmp_path) -> None:
 def test_crossings_are_interpolated_on_logarithmic_axes() -> None:
     dense = {1.0: 1.0, 4.0: 4.0, 16.0: 16.0}
     flat = {1.0: 2.0, 4.0: 2.0, 16.0: 2.0}
-    assert _curves.crossings(flat, dense) == pytest.approx([2.0])
+    assert _curves.crossings(flat, dense) == [pytest.approx((1.0, 4.0, 2.0))]
     assert _curves.crossing_text(flat, dense, figures.BATCH) == (
         "crosses at batch size about 2 (interpolated), lower at 16"
     )
     assert _curves.crossing_text(dense, {1.0: 0.5, 16.0: 1.0}, figures.BATCH) == (
-        "higher everywhere from 1 to 16"
+        "higher at all 2 common points from 1 to 16"
     )
     assert _curves.crossing_text(dense, {1.0: 1.0}, figures.BATCH) == "too few common points"
+
+
+def test_no_crossing_is_invented_between_points_that_were_planned_but_not_measured(
+    tmp_path,
+) -> None:
+    """Batch 1 and 256 alone: where between them the lines cross is not known, and drawn so."""
+    axis = figures.BATCH.planned_by(plan("fig5"))
+    far = [{1.0: 2.0, 256.0: 2.0, 512.0: 2.0}, {1.0: 1.0, 256.0: 2.5, 512.0: 4.0}]
+    assert _curves.crossing_text(*far, axis) == (
+        "crosses between batch size 1 and 256, lower at 512"
+    )
+    near = [{256.0: 2.0, 512.0: 2.0}, {256.0: 1.0, 512.0: 4.0}]
+    assert "about 362 (interpolated)" in _curves.crossing_text(*near, axis)
+    measure(tmp_path, [c for c in plan("fig5") if c.batch_size in (1, 256, 512)])
+    content = render("fig5", tmp_path)
+    assert figures.GAPS in caption_of(content)
+    drawn = content.figure.axes[0].lines
+    thin = [line for line in drawn if line.get_linewidth() == figures.GAP_DASHES["linewidth"]]
+    assert {tuple(line.get_xdata()) for line in thin} == {(1.0, 256.0)}
+    whole = [line for line in drawn if line not in thin]
+    assert all(pd.isna(line.get_xdata()[1]) for line in whole if len(line.get_xdata()) == 4)
+    measure(tmp_path, plan("fig5"))
+    assert figures.GAPS not in caption_of(render("fig5", tmp_path))
+
+
+def test_exhibits_name_what_they_lack(tmp_path) -> None:
+    """In the caption and under the table: systems without any row, then single cells."""
+    cases = [c for c in plan("fig3") if c.arch != "mamba2" or c.seq_len == 1024]
+    cases = [c for c in cases if not c.arch.startswith("based")]
+    measure(tmp_path, cases)
+    content = render("fig3", tmp_path)
+    said = "Not measured, 5 of 30 cases: Mamba2 (length 2048, 4096); BASED."
+    assert said in caption_of(content) and said in content.tables[0].notes
+    assert not any("Not measured" in note for note in render("table3", tmp_path).tables[0].notes)
+    measure(tmp_path, [c for c in plan("ttft") if c.arch == "dense" and c.prompt_len > 4096])
+    note = next(n for n in render("ttft", tmp_path).tables[0].notes if n.startswith("Not measured"))
+    assert "Dense (prompt 1024, 4096); Dense-2D, CAT-8" in note
+
+
+def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_path) -> None:
+    measure(tmp_path, [c for c in plan("crossover") if c.batch_size not in (16, 64)])
+    (note,) = (n for n in render("crossover", tmp_path).tables[0].notes if "Not measured" in n)
+    where = "batch 16 x length 1024, 2048, 4096, 8192, 16384, 32768 and batch 64 x length 1024"
+    assert f"all ({where})." in note
+    some = [c for n, c in enumerate(plan("crossover")) if n % 3 == 0]
+    measure(tmp_path / "other", some)
+    (note,) = (
+        n for n in render("crossover", tmp_path / "other").tables[0].notes if "Not measured" in n
+    )
+    assert len(note) <= 400 and note.endswith(" ...")
+
+
+def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_take_part_in_no_crossing(
+    tmp_path,
+) -> None:
+    cases = [c for c in plan("fig2") if c.arch in ("cat", "dense", "mamba2")]
+    resolved = {c.key: {"label": _settings.label(c.arch)} for c in cases}
+    run = measure(tmp_path, cases, resolved=resolved)
+    remark = {"text": "Stale.", "architectures": ["mamba2"], "metrics": ["peak_reserved_bytes"]}
+    (run.path / "remarks.json").write_text(json.dumps([remark]))
+    content, said = render("fig2", tmp_path), f"Remark on {run.name}: Stale."
+    notes = content.tables[0].notes
+    assert said in notes and said in caption_of(content)
+    against = "CAT-8 against Mamba2: "
+    assert f"peak memory, {against}too few common points (without points under a remark)." in notes
+    assert f"latency, {against}lower at all 7 common points from 1 to 512." in notes
+    everything = crossover._measured(
+        _build.find(_build.all_records(tmp_path)[0], plan("crossover")).records, "h100"
+    )
+    pair = "CAT-8", "Mamba2", "batch_size"
+    assert _one_run.crossing(everything, *pair, "peak_bytes") == "-"
+    assert _one_run.crossing(everything, *pair, "tpot_s").startswith("lower from")
+    assert not any("Stale" in note for note in render("fig5", tmp_path).tables[0].notes)
+    (run.path / "remarks.json").write_text("[")
+    _, runs, skipped = _build.all_records(tmp_path)
+    assert runs == [] and "remarks.json is broken" in skipped[0]
 
 
 # --- our own exhibits: crossover and ttft ---------------------------------------------------------
@@ -632,6 +731,37 @@ def test_time_to_first_token_has_ratios_of_its_own_run(tmp_path) -> None:
     table = (tmp_path / "paper" / "h100" / "ttft_table.md").read_text()
     cat8 = next(line for line in table.splitlines() if line.startswith("| CAT-8"))
     assert cat8.count("2.00x faster [2.00, 2.00]") == 2  # Dense and Dense-2D
+    assert "bound by launching kernels from Python" in table
+
+
+def test_a_panel_of_ratios_without_its_reference_says_so_instead_of_naming_ticks(tmp_path) -> None:
+    measure(tmp_path, [c for c in plan("ttft") if c.arch != "dense"])
+    times, ratios = render("ttft", tmp_path).figure.axes
+    assert "not run: Dense" in {text.get_text() for text in ratios.texts}
+    assert len(ratios.get_yticks()) == 0 and len(times.get_yticks()) > 1
+    measure(tmp_path, [c for c in plan("ttft")])
+    assert not {"not run: Dense"} & {
+        text.get_text() for text in render("ttft", tmp_path).figure.axes[1].texts
+    }
+
+
+def test_no_leader_crosses_the_panel_in_a_lines_colour(tmp_path) -> None:
+    """CAT-8 ends at the first prompt: its name stands there, without a leader."""
+    measure(tmp_path, [c for c in plan("ttft") if c.arch == "dense" or c.prompt_len == 1024])
+    texts = {text.get_text(): text for text in render("ttft", tmp_path).figure.axes[0].texts}
+    assert texts["CAT-8"].xy[0] == 1024 and texts["CAT-8"].arrow_patch is None
+    color = texts["Dense"].arrow_patch.get_edgecolor()[:3]
+    assert len(set(color)) == 1 and color != (0, 0, 0)  # grey
+
+
+def test_a_margin_that_prints_as_one_names_no_clear_winner() -> None:
+    def best(*ends: float) -> _one_run.Best:
+        margin = stats.Interval(*ends, 5)
+        return _one_run.Best(1, 1024, 8, "0001-a", "Sliding", 1.0, "BASED", margin, 2)
+
+    assert not best(1.002, 1.001, 1.004).is_clear
+    assert not best(1.02, 0.99, 1.04).is_clear
+    assert best(1.02, 1.01, 1.04).is_clear
 
 
 def test_figure_6_names_each_state_size_in_its_table() -> None:

@@ -147,6 +147,29 @@ def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
     assert "failed" in made.text.iloc[0].to_list()
 
 
+def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> None:
+    run = make_run(tmp_path)
+    remark = {"text": "Old peak.", "architectures": ["CAT-8"], "metrics": ["peak_reserved_bytes"]}
+    path = run.path / "remarks.json"
+    path.write_text(json.dumps([remark]))
+    said = "Remark on 0001-fig: Old peak."
+    assert said in tables.run_table(run).notes and said in report.report_text([run], "markdown")
+    rows = measurements.measured(measurements.frame([run])).set_index("label")
+    assert measurements.is_marked(rows.loc["CAT-8"], "peak_bytes")
+    assert not measurements.is_marked(rows.loc["CAT-8"], "latency_s")
+    assert not measurements.is_marked(rows.loc["Dense"], "peak_bytes")
+    for wrong, words in (
+        ({"architectures": ["CAT-80"]}, r"CAT-80.*it has .*CAT-8"),
+        ({"metrics": ["peak"]}, "peak.*peak_reserved_bytes"),
+        ({"metrics": []}, "expected a list of names"),
+        ({"text": "two\nlines"}, "expected one line"),
+        ({"author": "me"}, "expected an object of text, architectures, metrics"),
+    ):
+        path.write_text(json.dumps([remark | wrong]))
+        with pytest.raises(UserError, match=words):
+            tables.run_table(run)
+
+
 def test_no_closed_case_is_no_error(tmp_path) -> None:
     made = tables.run_table(make_run(tmp_path, rows=[(case("dense"), None)]))
     assert "No case is closed yet." in report.terminal(made)

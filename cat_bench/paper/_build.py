@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pandas as pd
 
-from cat_bench import figures, measurements, report, spec, store
+from cat_bench import figures, measurements, remarks, report, spec, store
 from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.paper import _published, _settings
@@ -139,6 +139,7 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
         try:
             run = store.Run.open(path)
             store.frame([run])
+            remarks.read(run)
         except UserError as error:
             skipped.append(f"{path.name} is left out: {error.message} {error.hint}".strip())
             continue
@@ -313,6 +314,11 @@ def _shown_on(page: Path) -> dict[str, report.Section]:
     return {section.anchor: section for section in report.sections_of(text)}
 
 
+def _about(remark: str) -> str:
+    """The remark without the cells that it names, as a table's note says it."""
+    return remark.partition(": ")[2] or remark
+
+
 def _left_out(skipped: tuple[str, ...]) -> list[report.Section]:
     """First on the page: which runs are in no exhibit because their folders cannot be read."""
     title = "Warning: run folders that cannot be read"
@@ -323,8 +329,9 @@ def _section(status: Status, drawn: Content, folder: Path) -> report.Section:
     svg = folder / f"{status.name}.svg"
     svgs = (svg.read_text(encoding="utf-8"),) if drawn.figure is not None else ()
     named = {point.exhibit for point in _published.load()}
-    remarks = _published.remarks(status.name) if status.name in named else ()
-    remarks = tuple(f"Remark: {remark}" for remark in remarks)
+    told = _published.remarks(status.name) if status.name in named else ()
+    noted = " ".join(note for table in drawn.tables for note in table.notes)
+    told = tuple(f"Remark: {text}" for text in told if _about(text) not in noted)
     word = f"{status.status} ({status.detail})" if status.detail else status.status
     shown = (*(replace(table, title="") for table in drawn.tables[:1]), *drawn.tables[1:])
-    return report.Section(status.title, status.name, word, shown, svgs, remarks)
+    return report.Section(status.title, status.name, word, shown, svgs, told)

@@ -9,8 +9,9 @@ import pandas as pd
 from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
 from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column
-from cat_bench.notes import failures, foreign_dense
+from cat_bench.notes import configurations, failures, foreign_dense
 from cat_bench.paper import _published, _settings
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 HALF_WINDOW = {_settings.label(name) for name in _settings.HALF_WINDOW}
@@ -25,17 +26,24 @@ def content(
     axis: figures.Axis,
     scale: str,
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
+    says_also: Sequence[str] = (),
 ) -> Content:
-    """The figure, its rows, and a table with % of floor, ratios and crossing points."""
-    rows = measured(records, names, cases, scale)
+    """The figure, its rows, and a table with % of floor, ratios and crossing points.
+
+    `says_also`: sentences for the caption.
+    """
+    rows, axis = measured(records, names, cases, scale), axis.planned_by(cases)
     if _settings.only_reference(names, scale):
         rows = rows.iloc[:0]  # Dense without its subject: the paper's points alone say more
     units = {panel.published for panel in panels}
     published = [point for point in published if point.unit in units]
-    says = caption(title, rows, names, scale, panels)
+    by = [axis.name] if axis.planned else []
+    lacks = lacking(rows, cases, names, scale, by)
+    also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
+    says = caption(title, rows, names, scale, panels, [*says_also, *also])
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
     listed = _with_d_state(rows) if axis == figures.D_STATE and len(rows) else rows
-    made = (ratio_table(title, listed, names, axis, scale),) if len(rows) else ()
+    made = (ratio_table(title, listed, names, axis, scale, lacks),) if len(rows) else ()
     details = tables.details_of(listed) if len(rows) else None
     if details is not None:
         made += (replace(details, title=f"{title}, per token", heading=heading(rows)),)
@@ -67,8 +75,12 @@ def caption(
     names: Sequence[str],
     scale: str,
     panels: Sequence[figures.Panel] = figures.ALL_PANELS,
+    also: Sequence[str] = (),
 ) -> str:
-    """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks."""
+    """Title, then in one paragraph: machine, runs, settings, scale, how to read it, what lacks.
+
+    `also`: sentences of the exhibit's own.
+    """
     has_points = any(panel.published for panel in panels)
     nothing = no_row(names, scale) if has_points else "No row yet."
     parts = [heading(rows), f"{_settings.scale_of(scale).says}."] if len(rows) else [nothing]
@@ -84,24 +96,13 @@ def caption(
     absent = _settings.missing(names, scale)
     if absent:
         parts.append(f"Not built yet: {', '.join(absent)}.")
+    parts += also
     return "\n".join([f"{title}.", " ".join(parts)])
 
 
-def patterns(rows: pd.DataFrame) -> list[str]:
-    """A note on stride and window of all that have one, as their cases were configured."""
-    sizes: dict[tuple[str, str], dict[int, None]] = {}
-    for _, row in rows.sort_values("seq_len", kind="stable").iterrows():
-        for field in ("stride", "window"):
-            size = row.get(f"config.{field}")
-            unused = row.get("config.hybrid") in (False,)  # GDN's window; numpy's False, too
-            if pd.notna(size) and not unused:
-                sizes.setdefault((row["label"], field), {})[int(size)] = None
-    found = [
-        f"{label} {field} {', '.join(map(str, each))}"
-        + (" (half the length)" if label in HALF_WINDOW else "")
-        for (label, field), each in sizes.items()
-    ]
-    return [f"Stride and window, tokens: {'; '.join(found)}."] if found else []
+def patterns(rows: pd.DataFrame) -> tuple[str, ...]:
+    """What labels do not tell; some windows follow the length in exhibits."""
+    return configurations(rows, HALF_WINDOW)
 
 
 def no_row(names: Sequence[str], scale: str) -> str:
@@ -140,12 +141,17 @@ def settings(rows: pd.DataFrame) -> str:
 
 
 def ratio_table(
-    title: str, rows: pd.DataFrame, names: Sequence[str], axis: figures.Axis, scale: str
+    title: str,
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    axis: figures.Axis,
+    scale: str,
+    also: Sequence[str] = (),
 ) -> tables.Table:
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
     made = tables.table(rows, COLUMNS, ["batch_size", "seq_len"])
     notes = [*DEFINITIONS, *crossing_notes(rows, axis), *failures(rows)]
-    notes += [*patterns(rows), *foreign_dense(rows)]
+    notes += [*patterns(rows), *foreign_dense(rows), *also]
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names, scale)
@@ -179,14 +185,23 @@ def crossing_notes(rows: pd.DataFrame, axis: figures.Axis) -> list[str]:
         for name in (name for name in labels if name.startswith("CAT-") and reference in labels):
             for metric, word in (("latency_s", "latency"), ("peak_bytes", "peak memory")):
                 lines = [_line(rows, text, axis.name, metric) for text in (name, reference)]
-                notes.append(f"{word}, {name} against {reference}: {crossing_text(*lines, axis)}.")
+                said = crossing_text(*lines, axis)
+                if any(_is_marked(rows, text, metric) for text in (name, reference)):
+                    said += " (without points under a remark)"
+                notes.append(f"{word}, {name} against {reference}: {said}.")
     return notes
+
+
+def _is_marked(rows: pd.DataFrame, name: str, metric: str) -> bool:
+    of_name = rows[rows["label"] == name]
+    return any(measurements.is_marked(row, metric) for _, row in of_name.iterrows())
 
 
 def _line(rows: pd.DataFrame, name: str, x: str, metric: str) -> dict[float, float]:
     ok = rows[(rows["label"] == name) & (rows["status"] == "ok")]
     if metric not in ok:
         return {}
+    ok = ok.loc[[index for index, row in ok.iterrows() if not measurements.is_marked(row, metric)]]
     return {float(a): float(b) for a, b in zip(ok[x], ok[metric], strict=True) if pd.notna(b)}
 
 
@@ -195,21 +210,27 @@ def crossing_text(a: dict[float, float], b: dict[float, float], axis: figures.Ax
     if len(shared) < 2:
         return "too few common points"
     unit = axis.label.split(" (")[0].lower()
-    where = [f"crosses at {unit} about {x:.0f} (interpolated)" for x in crossings(a, b)]
+    where = [
+        f"crosses between {unit} {x0:.0f} and {x1:.0f}"
+        if axis.skips(x0, x1)  # what lies between was planned, not measured: no point is known
+        else f"crosses at {unit} about {x:.0f} (interpolated)"
+        for x0, x1, x in crossings(a, b)
+    ]
     if where:
         return " and ".join(where) + f", lower at {shared[-1]:.0f}" * (
             a[shared[-1]] < b[shared[-1]]
         )
     word = "lower" if a[shared[0]] < b[shared[0]] else "higher"
-    return f"{word} everywhere from {shared[0]:.0f} to {shared[-1]:.0f}"
+    return f"{word} at all {len(shared)} common points from {shared[0]:.0f} to {shared[-1]:.0f}"
 
 
-def crossings(a: dict[float, float], b: dict[float, float]) -> list[float]:
-    """Every x where the lines a and b cross, interpolated on logarithmic axes."""
+def crossings(a: dict[float, float], b: dict[float, float]) -> list[tuple[float, float, float]]:
+    """Every (x before, x after, x between) where the lines a and b cross; the last is interpolated
+    on logarithmic axes."""
     shared = sorted(set(a) & set(b))
-    gaps = [(math.log(x), math.log(a[x] / b[x])) for x in shared]
+    gaps = [(x, math.log(a[x] / b[x])) for x in shared]
     return [
-        math.exp(x0 + (x1 - x0) * gap0 / (gap0 - gap1))
+        (x0, x1, x0 * (x1 / x0) ** (gap0 / (gap0 - gap1)))
         for (x0, gap0), (x1, gap1) in zip(gaps, gaps[1:], strict=False)
         if gap0 * gap1 < 0
     ]

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 from cat_bench import figures
 
 NAME_GAP = 0.066  # of the axes' height, between two names at 6.5 points
+LEADER = "0.75"  # grey, of names' leaders: in the line's colour they would read as more of it
 PANEL_IN, MAP_CELL_IN = 2.5, 0.27  # inches: heights
 SMALL = {"font.size": 7.5, "axes.labelsize": 8, "lines.markersize": 4}
 
@@ -61,8 +62,9 @@ def line_figure(
             figures.draw_panel(axes, panel, rows, [], axis, labels)
             axes.set_title(f"({next(letters)}) {panel.title}")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(x)))
-            if rows.empty:
-                _say_not_run(axes)
+            if rows.empty:  # as for y: no tick names a number that nobody measured
+                axes.set_xticks([])
+                axes.minorticks_off()
             _name_lines(axes, panel, rows, axis, labels)
         for axes, drawn in zip(grid.flat[-2:], maps, strict=False):
             _draw_map(axes, drawn)
@@ -75,13 +77,6 @@ def line_figure(
     return figure
 
 
-def _say_not_run(axes: Axes) -> None:
-    """Instead of ticks, which would name numbers that nobody measured."""
-    axes.set(xticks=[], yticks=[])
-    axes.minorticks_off()
-    axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center", color="0.5")
-
-
 def tokens(number: float) -> str:
     """4096 -> "4K"; other numbers as they are."""
     return f"{number / 1024:.0f}K" if number >= 1024 and number % 1024 == 0 else f"{number:.0f}"
@@ -90,7 +85,11 @@ def tokens(number: float) -> str:
 def _name_lines(
     axes: Axes, panel: figures.Panel, rows: pd.DataFrame, axis: figures.Axis, labels: list[str]
 ) -> None:
-    """Each label at the right edge, as near to its line's end as the others leave room."""
+    """Each label at the right edge, as near to its line's end as the others leave room.
+
+    That of a line which ends before the others stands at its end: a leader across the panel would
+    read as more of the line.
+    """
     axes.set_ylim(axes.get_ylim())  # from here on a fraction of the height means one value
     ends: dict[str, tuple[float, float]] = {}
     for label in labels:
@@ -99,6 +98,12 @@ def _name_lines(
         if len(line):
             last = line.iloc[-1]
             ends[label] = (float(last[axis.name]), float(last[panel.value]) / panel.divisor)
+    last_x = max((x for x, _ in ends.values()), default=0.0)
+    for label in [label for label, (x, _) in ends.items() if x < last_x]:
+        axes.annotate(
+            label, ends.pop(label), (5, 0), textcoords="offset points", fontsize=6.5, va="center",
+            color=figures.look(label, labels.index(label)).color, annotation_clip=False,
+        )  # fmt: skip
     to_fraction = axes.transAxes.inverted()
     wanted = {
         label: float(to_fraction.transform(axes.transData.transform(end))[1])
@@ -110,7 +115,7 @@ def _name_lines(
             label, ends[label], (1.05, height), textcoords="axes fraction", color=color,
             fontsize=6.5, va="center", annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 1,
+                "arrowstyle": "-", "color": LEADER, "linewidth": 0.4, "shrinkA": 1,
                 "relpos": (0, 0.5),
             },
         )  # fmt: skip

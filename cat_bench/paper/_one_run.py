@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cat_bench import stats
+from cat_bench.measurements import is_marked
 
 SETTING = ["batch_size", "seq_len", "prompt_len"]
 
@@ -70,9 +71,12 @@ class Best(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval of the margin leaves 1 out; without an interval: whether it is 1."""
+        """Whether the interval of the margin leaves 1 out, and the margin is not printed as 1.00.
+
+        Without an interval the margin alone decides.
+        """
         low = self.margin.median if math.isnan(self.margin.low) else self.margin.low
-        return low > 1
+        return low > 1 and round(self.margin.median, 2) > 1
 
 
 def best(rows: pd.DataFrame, metric: str) -> list[Best]:
@@ -128,10 +132,11 @@ def crossing(
 def _gaps(
     rows: pd.DataFrame, subject: str, reference: str, x: str, metric: str
 ) -> dict[float, float]:
-    """x -> log(subject / reference), both of the newest run that has both."""
+    """x -> log(subject / reference), both of the newest run that has both; no marked value."""
     if metric not in rows:
         return {}
     ok = rows[(rows["status"] == "ok") & rows[metric].notna()]
+    ok = ok.loc[[index for index, row in ok.iterrows() if not is_marked(row, metric)]]
     ours, theirs = (
         {(row["run"], row[x]): row[metric] for _, row in ok[ok["label"] == label].iterrows()}
         for label in (subject, reference)

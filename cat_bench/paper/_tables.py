@@ -79,12 +79,25 @@ def comparison(
             line["ours"] = "not built"
         rows.append(values)
         text.append(line)
+    notes = [*notes, *_remarks(cells)]
     if needs:
         notes = [*notes, f"ours: not built (needs suites: {', '.join(needs)})."]
     table_text = pd.DataFrame(text).fillna("-")
     table_rows = pd.DataFrame(rows)
     best = _best(table_rows, table_text, metrics)
     return Table(table_rows, table_text, heading, tuple(notes), best, title)
+
+
+def _remarks(cells: Sequence) -> list[str]:
+    """What published.toml says of single cells: once for all metrics of a row that share it."""
+    metrics: dict[tuple[str, str], list[str]] = {}
+    for point in (cell for cell in cells if cell.remark):
+        name = HEADINGS[point.metric].title if point.metric in HEADINGS else point.metric
+        shared = metrics.setdefault((point.row, point.remark), [])
+        shared += [] if name in shared else [name]
+    return [
+        f"Paper, {row}, {', '.join(names)}: {remark}" for (row, remark), names in metrics.items()
+    ]
 
 
 def _varied(keys: Sequence[tuple[str, tuple]]) -> list[str]:

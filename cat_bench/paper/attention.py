@@ -7,7 +7,7 @@ are those of the suite `attention`. Dense-2D has the heads of CAT's decoder, Den
 Try it: cat-bench paper attention --scale smoke
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -17,6 +17,7 @@ from cat_bench.case import Case
 from cat_bench.columns import ATTENTION_COLUMNS, ATTENTION_DEFINITIONS
 from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _lines, _settings
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 from cat_bench.spec import parse
 
@@ -83,13 +84,15 @@ def arch_text(name: str, scale: str, seq_len: int) -> str:
 
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
-    rows = _measured(records)
+    rows, axis = _measured(records), LENGTH.planned_by(plan(scale))
+    lacks = lacking(rows, plan(scale), (), scale, ["seq_len"], _names(scale))
+    also = [figures.GAPS, *lacks] if figures.has_gaps(_named(rows), axis) else lacks
     figure = _lines.line_figure(
-        _named(rows), PANELS, LENGTH, _caption(rows, scale), is_smoke=scale == "smoke"
+        _named(rows), PANELS, axis, _caption(rows, scale, also), is_smoke=scale == "smoke"
     )
     if rows.empty:
         return Content((), figure, None)
-    return Content((_table(rows, scale),), figure, _plotted(rows))
+    return Content((_table(rows, scale, lacks),), figure, _plotted(rows))
 
 
 def _measured(records: pd.DataFrame) -> pd.DataFrame:
@@ -115,9 +118,19 @@ def _named(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(label=rows["label"].where(is_dense, rows["implementation"]))
 
 
-def _table(rows: pd.DataFrame, scale: str) -> tables.Table:
+def _names(scale: str) -> Callable[[Case], str]:
+    """As in the figure: Dense, Dense-2D, and CAT by its implementation."""
+    dense = {
+        arch_text(name, scale, seq_len): _settings.label(name)
+        for name in ("dense", "dense-2d")
+        for seq_len in SEQ_LENS
+    }
+    return lambda case: dense.get(case.arch) or dict(case.settings)["implementation"]
+
+
+def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table:
     made = tables.table(rows, ATTENTION_COLUMNS, ["batch_size", "seq_len", "label"])
-    notes = [*ATTENTION_DEFINITIONS, *NOTES, *failures(rows)]
+    notes = [*ATTENTION_DEFINITIONS, *NOTES, *failures(rows), *lacks]
     notes += foreign_dense(rows)
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     return replace(made, title=TITLE, heading=_heading(rows), notes=tuple(notes))
@@ -129,14 +142,14 @@ def _heading(rows: pd.DataFrame) -> str:
     return f"{machines}; {'runs' if len(runs) > 1 else 'run'} {', '.join(runs)}. {dtypes}."
 
 
-def _caption(rows: pd.DataFrame, scale: str) -> str:
+def _caption(rows: pd.DataFrame, scale: str, also: Sequence[str]) -> str:
     if rows.empty:
         return f"{TITLE}.\nNo row yet."
     return (
         f"{TITLE}.\n{_heading(rows)} {_settings.scale_of(scale).says}. One layer, without its "
         f"projections; Dense-2D has the heads of CAT's decoder, Dense half of them; all the others "
         f"are CAT's. Median and 95 % interval, narrower than the markers where no bar is visible. "
-        f"The paper has no such points."
+        f"{' '.join(['The paper has no such points.', *also])}"
     )
 
 

@@ -31,6 +31,7 @@ from cat_bench.columns import (
 )
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings, fig2, fig3
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 TITLE = "Crossover: who is fastest and who is smallest, where"
@@ -81,12 +82,15 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         _lines.Map("fastest per token", _map(fastest)),
         _lines.Map("smallest weights and state", _map(smallest)),
     ]
+    axis = figures.LENGTH.planned_by(at_lengths(scale))
+    lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
+    also = [figures.GAPS, *lacks] if figures.has_gaps(lines, axis) else lacks
     figure = _lines.line_figure(
-        lines, PANELS, figures.LENGTH, _caption(lines, rows, scale), maps, scale == "smoke"
+        lines, PANELS, axis, _caption(lines, rows, scale, also), maps, scale == "smoke"
     )
     if rows.empty:
         return Content((), figure, None)
-    made = [_winners(fastest, smallest, rows, scale), _crossings(everything, rows)]
+    made = [_winners(fastest, smallest, rows, scale, lacks), _crossings(everything, rows)]
     if len(lines):  # the cells of Figures 2 and 3 may be there before any of the lines
         made.append(_measurements(lines))
     return Content(tuple(made), figure, _plotted(rows))
@@ -111,8 +115,8 @@ def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
     return _one_run.with_ratio(rows, "tpot_s", "Dense", "faster")
 
 
-def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str) -> str:
-    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS)
+def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str, also: Sequence[str]) -> str:
+    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, also)
     if rows.empty or scale == "smoke":
         return says
     if lines.empty:
@@ -124,7 +128,7 @@ def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str) -> str:
         f"{BATCH_SIZE} as the lines, all others whole generations from a prompt of 8 (Figures 2 "
         f"and 3); in each box the best and its margin to the second, of a run that has every "
         f"architecture measured there (else the box is empty); ~ = the interval of the margin "
-        f"holds 1."
+        f"holds 1, or the margin rounds to 1.00."
     )
 
 
@@ -151,6 +155,7 @@ def _winners(
     smallest: Sequence[_one_run.Best],
     rows: pd.DataFrame,
     scale: str,
+    lacks: Sequence[str],
 ) -> tables.Table:
     by_setting = {one[:3]: one for one in smallest}
     text, values = [], []
@@ -181,11 +186,13 @@ def _winners(
         )
     notes = [
         "fastest = least time per step of the whole batch; ahead of = the second, its time / the "
-        "first's with a 95 % interval, both of the run named; ~ = the interval holds 1.",
+        "first's with a 95 % interval, both of the run named; ~ = the interval holds 1, or the "
+        "margin rounds to 1.00.",
         "smallest = least weights + live state while decoding. of = architectures compared.",
         "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
         *_curves.patterns(rows),
         *failures(rows),
+        *lacks,
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)

@@ -15,6 +15,7 @@ from cat_bench import figures
 from cat_bench.case import Case
 from cat_bench.columns import faster
 from cat_bench.paper import _curves, _settings, _tables
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 TITLE = "Table 3: speed-up, memory reduction and SWDE recall"
@@ -38,6 +39,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     if len(rows) and scale != "smoke":
         notes.append(_curves.PEAKS)
     notes += _curves.patterns(rows) if len(rows) else []
+    notes += lacking(rows, plan(scale), ARCHITECTURES, scale, [])
     heading = _curves.heading(rows) if len(rows) else ""
     ours = _ours(rows) | {(point.row, "swde"): (math.nan, "not built") for point in published}
     return Content((_tables.comparison(TITLE, published, ours, heading=heading, notes=notes),))

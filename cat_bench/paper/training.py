@@ -26,6 +26,7 @@ from cat_bench.columns import (
 )
 from cat_bench.notes import bound_by_launches, disturbances, failures, foreign_dense
 from cat_bench.paper import _curves, _published, _settings
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 TITLE = "Training: time, memory and FLOPs of one step"
@@ -93,6 +94,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         *failures(rows),
     ]
     notes += [*foreign_dense(rows), *disturbances(rows), *bound_by_launches(rows)]
+    notes += lacking(rows, plan(scale), names, scale, ["seq_len"])
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
@@ -147,7 +149,7 @@ NOTES = (
     "allocated = most bytes in tensors during a step, weights, gradients and AdamW's moments "
     "included (CPU: resident set); memory / Dense is the ratio of those.",
     "paper = its claim for CAT (Appendix B.5); time / Dense, Dense-2D = median step over theirs in "
-    "the same run, 95 % interval.",
+    "the same run, where that has Dense, 95 % interval.",
 )
 
 

@@ -18,6 +18,7 @@ from cat_bench.case import Case
 from cat_bench.columns import Column, faster, gib, milliseconds_with_interval, whole
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings
+from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 
 TITLE = "Time to first token over the prompt, batch 1"
@@ -27,6 +28,10 @@ ARCHITECTURES_SMOKE = ("dense", "dense-2d", "cat-8")  # enough to prove the pipe
 PROMPTS = (1024, 4096, 16_384, 32_768)  # tokens
 NEW_TOKENS = 8
 SMOKE_PROMPTS, SMOKE_LENGTH = (_settings.PROMPT_LEN, 56), 64  # the first is Figure 2's case
+LAUNCHES = (
+    f"Short prompts (here {PROMPTS[0]}) are bound by launching kernels from Python, not by the "
+    "GPU: compare systems at the longer ones."
+)
 PROMPT = figures.Axis("prompt_len", "Prompt (tokens)")
 PANELS = (
     figures.Panel(
@@ -53,11 +58,15 @@ def plan(scale: str) -> list[Case]:
 
 def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows = _measured(records, scale)
-    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS)
-    figure = _lines.line_figure(rows, PANELS, PROMPT, says, is_smoke=scale == "smoke")
+    axis = PROMPT.planned_by(plan(scale))
+    lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["prompt_len"])
+    also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
+    also = [*also, LAUNCHES] if len(rows) and "cuda" in set(rows["device"]) else also
+    says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, also)
+    figure = _lines.line_figure(rows, PANELS, axis, says, is_smoke=scale == "smoke")
     if rows.empty:
         return Content((), figure, None)
-    return Content((_table(rows, scale),), figure, _plotted(rows))
+    return Content((_table(rows, scale, lacks),), figure, _plotted(rows))
 
 
 def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
@@ -88,14 +97,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _table(rows: pd.DataFrame, scale: str) -> tables.Table:
+def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table:
     made = tables.table(rows, COLUMNS, ["prompt_len"])
     notes = [
         "TTFT = prefill of the prompt and the choice of the first new token, median. vs Dense, "
         "vs Dense-2D = their median / ours, same prompt, same run, 95 % interval.",
         *_curves.patterns(rows),
         *failures(rows),
+        *lacks,
     ]
+    notes += [LAUNCHES] if "cuda" in set(rows["device"]) else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)
     notes += [f"Not built yet: {', '.join(absent)}."] if absent else []
