@@ -34,6 +34,7 @@ from cat_bench.architecture import (
     prefill_costs,
 )
 from cat_bench.errors import UserError
+from cat_bench.loss import output_head
 
 SEQ_LEN = 22  # tokens; a multiple of neither chunk size below, so the last chunk stays open
 PROMPTS = (1, 3, 4, 5, 8, SEQ_LEN)  # tokens: before, on and after a chunk boundary
@@ -342,6 +343,16 @@ def check_row_alone_equals_row_in_batch(subject: Subject) -> None:
         assert_same(forward(model, alone), together[row : row + 1], f"forward of row {row} alone")
         got, _ = decode(model, alone, [4])
         assert_same(got, decoded[row : row + 1], f"decoding row {row} alone")
+
+
+def check_head_of_hidden_equals_forward(subject: Subject) -> None:
+    """Only where training takes its loss from `hidden` and the head instead of from `forward`."""
+    model, tokens = subject.model(), subject.tokens(2)
+    head = output_head(model)
+    if head is not None:
+        with torch.no_grad():
+            got = head(model.hidden(tokens))
+        assert_same(got, forward(model, tokens), "head(hidden(tokens)) against forward(tokens)")
 
 
 # Costs

@@ -229,6 +229,16 @@ class DenseOtherPath(dense.Model):
         self.decode_path = "fast"
 
 
+class DenseOtherHidden(dense.Model):
+    """Training would take another loss than that of `forward`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(super().hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        return 7 * super().hidden(tokens)
+
+
 LATER, STEPS = "later_tokens_change_no_earlier_logits", "prefill_and_steps_equal_forward"
 ALLOCATION, SEGMENTS = "state_bytes_equal_the_allocation", "segments_equal_one_prefill"
 
@@ -259,6 +269,7 @@ FAULTS: dict[type, tuple[str, ...]] = {
     DenseMiscountedParameters: ("parameter_counts",),
     DenseCostsOfOneRow: ("step_costs",),
     DensePromptAsTraining: ("prefill_costs",),
+    DenseOtherHidden: ("head_of_hidden_equals_forward",),
     DenseOtherPath: ("declared_paths_and_label",),
 }
 
