@@ -288,6 +288,23 @@ def test_a_report_never_mixes_scales_or_devices_in_one_table(tmp_path) -> None:
     }  # fmt: skip
 
 
+def test_a_users_file_labelled_dense_is_no_reference(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(LABELS, "mine.py", "Dense")
+    rows = [
+        (case("mine.py"), lambda key: timed(key, 1.0, 1.0)),
+        (case("dense"), lambda key: timed(key, 4.0, 1.0)),
+        (case("cat"), lambda key: timed(key, 2.0, 1.0)),
+    ]
+    found = measurements.measured(measurements.frame([make_run(tmp_path, rows=rows)]))
+    assert dict(zip(found["arch"], found["speedup"], strict=True)) == {
+        "mine.py": 4.0,
+        "dense": 1.0,
+        "cat": 2.0,
+    }
+    alone = measurements.measured(measurements.frame([make_run(tmp_path, rows=rows[::2])]))
+    assert "speedup" not in alone  # no Dense here
+
+
 def test_two_dense_of_other_sizes_are_no_reference(tmp_path) -> None:
     """Which Dense is meant must not depend on the order in which cases ran."""
     archs = {"dense:width=512": "Dense (width=512)", "dense:width=256": "Dense (width=256)"}
