@@ -72,6 +72,29 @@ def first_token(model: Architecture, prompt: Prompt, state: State, tokens: Token
     return state
 
 
+@torch.inference_mode()
+def check_logits(model: Architecture, prompt: Prompt, state: State, steps: bool) -> None:
+    """Raises ValueError where `prefill`, or `step` if it will be used, returns logits of another
+    shape than (b, v): `greedy` would go on with whatever tokens come of them.
+
+    Uses the state up. Called in a warm-up, so that the timed loop need not look.
+    """
+    expected = (len(prompt), model.config.vocab_size)
+    logits, state = model.prefill(prompt, model.reset(state))
+    _check_shape("prefill", logits, expected)
+    if steps:
+        logits, _ = model.step(prompt[:, 0], state)
+        _check_shape("step", logits, expected)
+
+
+def _check_shape(method: str, logits: NextLogits, expected: tuple[int, int]) -> None:
+    if tuple(logits.shape) != expected:
+        raise ValueError(
+            f"{method} returned logits of shape {tuple(logits.shape)}, expected {expected}: "
+            "(b, v), of each sequence those of the token after its last one."
+        )
+
+
 def choose(model: Architecture, logits: NextLogits, out: Tensor) -> None:
     """The likeliest token of each sequence, logits (b, v) -> out (b,); the first of equals.
 

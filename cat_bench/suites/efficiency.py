@@ -240,13 +240,17 @@ def _timed_rows(case: Case, model: "Architecture") -> Generator[Record, None, "T
     def instrumented(_: object = None) -> None:
         steps[:] = profiler.step_times(model, prompt, state, tokens, case.device)
 
+    def first(_: object) -> None:
+        generate.check_logits(model, prompt, state, steps=case.new_tokens > 1)
+        instrumented()
+
     generation = profiler.timed(
         lambda mark: generate.greedy(model, prompt, case.new_tokens, state, tokens, mark),
         case.device,
         warmups,
         repeats,
         profiler.energy_meter(case.device),
-        first=instrumented,
+        first=first,
     )
     yield from _generation_rows(case, generation)
     yield from _memory_rows(case, model)
