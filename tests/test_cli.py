@@ -518,6 +518,9 @@ def test_the_list_shows_a_file_outside_the_tree(cat_bench: Cli, tmp_path: Path):
     assert "decode path upstream: needs a_package_that_is_not_installed: pip" in listed.out
     assert "cat:chunk_size=16" in listed.out and "baselines" not in listed.out
     assert cat_bench("list", "-a", mine, "-a", "cat-16").out == listed.out
+    mine.write_text('PRESETS = {"mine-wide": {"width": 128}}\n' + mine.read_text())
+    (shown,) = json.loads(cat_bench("list", "-a", mine, "--json").out)["architectures"]
+    assert shown["presets"] == {}  # no spec could name them
 
 
 def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
