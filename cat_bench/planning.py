@@ -4,6 +4,7 @@ Everything heavy is imported inside the function that needs it: the command line
 """
 
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,28 @@ def resolve(
     from cat_bench import predict
 
     resolved = predict.resolve(cases, gpu_name, match, first)
-    for warning in dict.fromkeys(text for row in resolved.values() for text in row["warnings"]):
+    told = (text for row in resolved.values() for text in row["warnings"])
+    for warning in dict.fromkeys([*told, *_unlike_paths(cases)]):
         warn(warning)
     return resolved
+
+
+def _unlike_paths(cases: list[Case]) -> list[str]:
+    """A warning where some cases of a GPU run eagerly beside others on a fast path: launches bound
+    the first, so a ratio of the two says little about architectures.
+    """
+    archs: dict[tuple[str, str, bool], dict[str, None]] = defaultdict(dict)
+    for case in cases:
+        if case.device == "cuda" and "reference" not in dict(case.settings):
+            for kind in ("decode", "forward"):
+                archs[case.suite, kind, getattr(case, f"{kind}_path") == "eager"][case.arch] = None
+    return [
+        f"{', '.join(slow)}: {kind} path eager, bound by launches, beside a fast one of "
+        f"{', '.join(archs[suite, kind, False])}: their ratios say little. Compare them with "
+        f"--{kind}-path eager."
+        for (suite, kind, is_eager), slow in list(archs.items())
+        if is_eager and (suite, kind, False) in archs
+    ]
 
 
 def plan_line(cases: list[Case]) -> str:

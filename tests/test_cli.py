@@ -523,6 +523,19 @@ def test_the_list_shows_a_file_outside_the_tree(cat_bench: Cli, tmp_path: Path):
     assert shown["presets"] == {}  # no spec could name them
 
 
+def test_a_plan_says_where_eager_stands_beside_a_fast_path(cat_bench: Cli, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY.replace('("eager", "upstream")', '("eager",)'))
+    plan = ("-a", mine, "-a", "dense", "-a", "cat-8", "--gpu", "H100", "--dry-run")
+    answer = cat_bench("run", "efficiency", *plan)
+    assert answer.code == 0
+    assert f"warning: {mine}: decode path eager" in answer.err
+    assert "beside a fast one of dense, cat: their ratios" in answer.err
+    assert "forward path eager, bound" not in answer.err  # none of them has another here
+    for same in (("--decode-path", "eager"), ("--reference-every", "1", "--decode-path", "eager")):
+        assert "bound by launches" not in cat_bench("run", "efficiency", *plan, *same).err
+
+
 def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
     arguments = ("run", "efficiency", "-a", "dense", "--seq-len", "1024", "--device", "cpu")
     answer = cat_bench(*arguments, "--batch-size", "1,1000000", "--dry-run")
