@@ -282,6 +282,24 @@ def test_a_planted_fault_is_reported(fault: type) -> None:
         assert reports(CHECKS[name], faulty), f"{name} does not see {fault.__name__}"
 
 
+class DenseNormWithoutEps(dense.Model):
+    """PyTorch then takes the eps of the dtype: another model in bfloat16."""
+
+    def __init__(self, config: dense.Config, decode_path: str = "eager"):
+        super().__init__(config, decode_path)
+        for module in self.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.eps = None
+
+
+def test_a_norm_without_eps_is_told_as_the_reason() -> None:
+    with pytest.raises(AssertionError, match="RMSNorm without eps takes that of its dtype"):
+        CHECKS["low_precision"](dataclasses.replace(DENSE, model_class=DenseNormWithoutEps))
+    with pytest.raises(AssertionError) as error:
+        CHECKS["low_precision"](dataclasses.replace(DENSE, model_class=DenseRoughArithmetic))
+    assert "eps" not in str(error.value)
+
+
 def test_the_subjects_without_a_fault_are_those_of_the_contract() -> None:
     assert {CAT, DENSE} <= set(contract.subjects())
 
