@@ -30,7 +30,8 @@ def plan(
     planner = suites.load(suite)
     specs = [spec.parse(text) for text in arch]
     _check_names(specs)
-    _check_forward_path(specs, options.forward_path)
+    _check_path(specs, "decode", options.decode_path)
+    _check_path(specs, "forward", options.forward_path)
     if options.scale == "smoke":
         specs = [spec.tiny(one) for one in specs]
     cases = planner.plan(specs, options)
@@ -50,14 +51,22 @@ def _check_names(specs: list[spec.Spec]) -> None:
             )
 
 
-def _check_forward_path(specs: list[spec.Spec], asked: str | None) -> None:
-    """Raises UserError where an architecture's source names no such forward path."""
-    for one in specs if asked is not None else ():
-        known = spec.describe(one.name).forward_paths
+def _check_path(specs: list[spec.Spec], kind: str, asked: str | None) -> None:
+    """Raises UserError where an architecture has no such decode or forward path: before anyone asks
+    for the packages of a path, which may be those of the other kind.
+
+    Its class is asked, not its source: a user's Model may inherit them.
+    """
+    if asked is None:
+        return
+    from cat_bench.architecture import load_module
+
+    for one in specs:
+        known = getattr(load_module(one).Model, f"{kind}_paths", ("eager",))
         if asked not in known:
             raise UserError(
-                f"{one.text} has no forward path '{asked}'.{spec.did_you_mean(asked, known)}",
-                f"Its forward paths: {', '.join(known)}.",
+                f"{one.text} has no {kind} path '{asked}'.{spec.did_you_mean(asked, known)}",
+                f"Its {kind} paths: {', '.join(known)}.",
             )
 
 

@@ -123,7 +123,11 @@ def refused(answer: Answer, *parts: str) -> None:
         ("-a dense --dtype int8", ["--dtype 'int8' is unknown"]),
         ("-a dense --device tpu", ["--device 'tpu' is unknown"]),
         ("-a dense --match size", ["--match 'size' is unknown"]),
-        ("-a dense --decode-path warp", ["no decode path 'warp'; it has: eager"]),
+        ("-a dense --decode-path warp", ["no decode path 'warp'", "Its decode paths: eager, cuda"]),
+        (  # the forward path of this name needs a package; that is not what is wrong
+            "-a based --decode-path upstream --quick",
+            ["based has no decode path 'upstream'", "Its decode paths: eager, cuda_graph"],
+        ),
         (
             "-a dense --forward-path compil",
             ["no forward path 'compil'. Did you mean: compile", "Its forward paths: eager, comp"],
