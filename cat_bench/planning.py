@@ -94,14 +94,16 @@ def with_weights(cases: list[Case], folder: Path) -> list[Case]:
     A case is identified by what the folder holds; where it lies is a setting.
     """
     from cat_bench import checkpoint
-    from cat_bench.architecture import make_config
+    from cat_bench.architecture import build
 
     digest = checkpoint.digest(folder)
     planned = []
     for case in cases:
         if all(name != "reference" for name, _ in case.settings):
             parsed = spec.parse(case.arch)
-            checkpoint.check_config(folder, parsed, make_config(parsed))
+            model = build(parsed, device="meta")
+            checkpoint.check_config(folder, parsed, model.config)
+            checkpoint.check_tensors(folder, parsed, model)
             settings = tuple(sorted([*case.settings, ("weights", str(folder))]))
             case = replace(case, weights=digest, settings=settings)
         planned.append(case)
