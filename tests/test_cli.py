@@ -386,6 +386,7 @@ def test_a_missing_package_of_a_forward_path_is_refused(cat_bench: Cli, tmp_path
     flags = ("--device", "cpu", "--forward-path", "upstream")
     answer = cat_bench("run", "training", "-a", mine, *flags)
     refused(answer, "forward path 'upstream' needs the package a_package", "--forward-path eager")
+    assert answer.err.endswith("pip install a_package_that_is_not_installed\n")  # to be pasted
 
 
 def test_cases_that_lack_a_package_are_rows_beside_the_others(
