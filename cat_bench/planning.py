@@ -33,11 +33,32 @@ def plan(
     _check_path(specs, "decode", options.decode_path)
     _check_path(specs, "forward", options.forward_path)
     if options.scale == "smoke":
-        specs = [spec.tiny(one) for one in specs]
+        specs = [_tiny(one) for one in specs]
     cases = planner.plan(specs, options)
     if options.match is None:
         return cases, None
     return planner.plan(_matched(specs, cases, options.match, gpu_name), options), specs[0]
+
+
+def _tiny(one: spec.Spec) -> spec.Spec:
+    """`spec.tiny`. Raises UserError where no Config has such settings: in the user's own words
+    where they do not fit at full size either, else saying where the others come from.
+    """
+    from cat_bench.architecture import make_config
+
+    small = spec.tiny(one)
+    try:
+        make_config(small)
+    except UserError as error:
+        make_config(one)
+        made = ", ".join(
+            key for key in small.overrides if small.overrides[key] != one.overrides.get(key)
+        )
+        raise UserError(
+            error.message,
+            f"--quick shrinks what is not given, here {made}: give it, or drop --quick.",
+        ) from error
+    return small
 
 
 def _check_names(specs: list[spec.Spec]) -> None:

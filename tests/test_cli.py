@@ -141,6 +141,15 @@ def refused(answer: Answer, *parts: str) -> None:
         ),
         ("-a dense --quick --device cuda", ["--quick runs on the CPU"]),
         ("-a dense:width=100 --quick", ["width=100: width must be a positive multiple of 64"]),
+        (  # a setting that fits at full size, and one that does not
+            "-a dense:num_kv_heads=4 --quick",
+            [
+                "num_kv_heads must divide the 1 heads",
+                "--quick shrinks what is not given, here num_",
+            ],
+        ),
+        ("-a mamba2:headdim=48 --quick", ["error: mamba2:headdim=48: headdim must divide"]),
+        ("-a cat-8 --quick --seq-len 4000", ["-a cat:max_len=4000,", "(--quick shrinks what is"]),
         ("-a dense -a cat-8 --quick --match params", ["--match chooses widths, but --quick"]),
         ("-a dense -a dense-2d --match params", ["dense-2d: --match", "set by the preset"]),
         ("-a dense --timeout 0", ["--timeout 0 is no time", "Example: --timeout 3600"]),
