@@ -302,6 +302,31 @@ def test_weights_of_another_family_are_refused_by_name(tmp_path: Path) -> None:
         convert.from_upstream(parse(GDN), theirs, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_numbers_are_refused(
+    tmp_path: Path, spec: Spec, upstream: Path, dtype: torch.dtype
+) -> None:
+    save_file({name: t.to(dtype) for name, t in load_file(upstream).items()}, upstream)
+    with pytest.raises(UserError, match=f"has dtype {str(dtype)[6:]}, expected one of float16"):
+        convert.from_upstream(spec, upstream, tmp_path / "ours")
+    assert left_behind(tmp_path) == {"mine.py", "x.safetensors"}
+
+
+def test_weights_that_are_not_finite_get_a_warning(
+    tmp_path: Path, spec: Spec, upstream: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(upstream)
+    convert.from_upstream(spec, upstream, tmp_path / "whole")
+    assert "nan or inf" not in capsys.readouterr().err
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, upstream)
+    convert.from_upstream(spec, upstream, tmp_path / "ours")
+    said = f"has nan or inf in 1 of {len(tensors) + 1} tensors, first 'norm.weight'"
+    assert said in capsys.readouterr().err
+    convert.to_upstream(spec, tmp_path / "ours", tmp_path / "theirs")
+    assert "first 'model.norm.weight'" in capsys.readouterr().err
+
+
 # --- run --weights --------------------------------------------------------------------------------
 
 
