@@ -10,7 +10,8 @@ then the delta rule corrects what the decayed memory says of the key:
 q, k, v = silu(causal convolution of width 4 of the projections); q and k have L2 norm 1 per head,
 x / sqrt(sum x^2 + 1e-6), q then times 1 / sqrt(128). Output: o_proj(RMSNorm(o) silu(g_proj(x))).
 State: S, and the last 4 inputs of the convolutions, so it does not grow; a sliding layer adds a
-ring of `window` rows. S and its sums are float32 at least, so 4 bytes per element in bfloat16.
+ring of `window` rows. S and its sums are float32 at least, whatever autocast says, so S has 4 bytes
+per element in bfloat16.
 
 Paths. Decoding beyond `eager`: prompts are read on the kernels of flash-linear-attention (fla 0.6),
 with our fused kernels around them. `cuda_graph` takes a token on our own kernels, S changed in
@@ -440,7 +441,8 @@ class GatedDeltaNet(nn.Module):
         log_decay = (-A_log.exp() * F.softplus(a + dt_bias)).transpose(1, 2)  # (b, h, t), <= 0
         beta = b.sigmoid().transpose(1, 2)  # (b, h, t)
         rule = recurrent_delta_rule if new.shape[1] == 1 else chunked_delta_rule
-        o, matrix = rule(q, k, v, log_decay, beta, memory.matrix)  # (b, h, t, e)
+        with torch.autocast(new.device.type, enabled=False):  # S and its sums: float32 at least
+            o, matrix = rule(q, k, v, log_decay, beta, memory.matrix)  # (b, h, t, e)
         o = F.rms_norm(o, o.shape[-1:], self.o_norm.weight.to(o.dtype), self.o_norm.eps)
         gate = gate.unflatten(-1, (c.heads, -1)).to(o.dtype)  # (b, t, h, e)
         return (o.transpose(1, 2) * F.silu(gate)).flatten(2).to(dtype), Memory(matrix, inputs)

@@ -69,7 +69,11 @@ class Architecture(Protocol):
         ...
 
     def init_state(self, batch_size: int, max_len: int) -> State:
-        """All that decoding `max_len` tokens needs; a graphed path captures here."""
+        """All that decoding `max_len` tokens needs; a graphed path captures here.
+
+        From here on under torch.inference_mode() or torch.no_grad(), one of the two throughout, as
+        generate.greedy does: a state is written in place.
+        """
         ...
 
     def reset(self, state: State) -> State:
@@ -103,6 +107,14 @@ class Architecture(Protocol):
         ...
 
     # Optional: prefill_costs(batch_size, num_tokens), those of a prompt; see the function below.
+    #
+    # Optional, for training (cat_bench/loss.py, suites/training.py):
+    # - `hidden(tokens)`, a method, (b, t) -> (b, t, d), beside `head`, an nn.Linear without bias
+    #   with head(hidden(tokens)) = forward(tokens): the loss is then taken from the two, and the
+    #   logits never exist in full. Any other attribute of these names is left alone.
+    # - `checkpoint_blocks`, a bool that --activation-checkpointing sets and `hidden` (or `forward`)
+    #   follows, and `num_checkpointed`, which counts the calls that it wrapped;
+    #   language_model.ForwardPath has both.
 
 
 def full_label(label: str, config: Any, told: tuple[str, ...]) -> str:

@@ -12,17 +12,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cat_bench.architecture import DTYPES, Architecture, load_module
 from cat_bench.errors import UserError
-from cat_bench.spec import Spec, parse
+from cat_bench.spec import Spec, describe, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONVERT = "The authors' weights become such a folder by: cat-bench convert SPEC FOLDER -o NEW"
 
 
 def save(folder: Path, spec: Spec, model: Architecture) -> None:
@@ -104,15 +105,51 @@ def check_config(folder: Path, spec: Spec, config: Any) -> None:
     if saved_spec.name != spec.name:
         raise UserError(
             f"{folder} holds weights of {saved_spec.name}, got the spec {spec.text}.",
-            f"Use the spec {saved_spec.name} with the settings in its {CONFIG}.",
+            f"Use the spec {_spec_of(saved_spec, saved)}",
         )
-    for name, value in asdict(saved).items():
-        if value != getattr(config, name):
+    wrong = {k: v for k, v in asdict(saved).items() if v != getattr(config, k)}
+    if wrong:
+        asked = {name: getattr(config, name) for name in wrong}
+        raise UserError(
+            f"{folder} has {_listed(wrong)}, but {spec.text} means {_listed(asked)}.",
+            f"Use the spec {_spec_of(saved_spec, saved)}",
+        )
+
+
+def check_tensors(folder: Path, spec: Spec, model: Architecture) -> None:
+    """Raises UserError unless the weights of `folder` are whole and have the names and shapes of
+    `model`. Reads their header only.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors: {error}.", "Copy or convert it again."
+        ) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in [*wanted, *held]:
+        if held.get(name) != wanted.get(name):
             raise UserError(
-                f"{folder} has {name}={value}, but {spec.text} means {name}="
-                f"{getattr(config, name)}.",
-                f"Write the settings of {folder / CONFIG} into the spec: {name}={value}.",
+                f"{path} has {_shaped(held, name)}, but {spec.text} has {_shaped(wanted, name)}.",
+                f"Weights and {CONFIG} must be of one model: copy or convert the folder again.",
             )
+
+
+def _shaped(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return f"'{name}' with shape {shapes[name]}" if name in shapes else f"no '{name}'"
+
+
+def _spec_of(spec: Spec, config: Any) -> str:
+    """The whole spec of a saved Config, to be typed."""
+    known = describe(spec.name).fields  # of a user's Config: not those that it inherits
+    settings = {name: value for name, value in asdict(config).items() if name in known}
+    return parse(f"{spec.name}:{_listed(settings, ',')}").text
+
+
+def _listed(settings: dict[str, Any], comma: str = ", ") -> str:
+    return comma.join(f"{name}={value}" for name, value in settings.items())
 
 
 def digest(folder: Path) -> str:
@@ -125,7 +162,7 @@ def digest(folder: Path) -> str:
         except OSError as error:
             raise UserError(
                 f"{folder / name} cannot be read: {error.strerror}.",
-                f"A checkpoint folder holds {WEIGHTS} and {CONFIG}.",
+                f"A checkpoint folder holds {WEIGHTS} and {CONFIG}. {CONVERT}",
             ) from error
     return f"sha256:{total.hexdigest()[:12]}"
 
@@ -150,7 +187,7 @@ def _read_config(folder: Path) -> dict:
     )
     missing = {"architecture", "layout_version", "config"} - set(meaning)
     if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}.", CONVERT)
     return meaning
 
 

@@ -4,6 +4,7 @@ An architecture takes part where its file exports `from_upstream(tensors) -> ten
 `to_upstream(tensors) -> tensors`: dicts of names and tensors, the second the inverse of the first.
 docs/baselines.md lists which do, and what maps to what. Every name and shape is checked against the
 Config of the spec before anything is written: nothing is padded, cut or left out, and dtypes stay.
+What is no floating-point number is refused, what is not finite gets a warning.
 
 Tensors do not tell all: models that differ in an epsilon or a window have the same names and
 shapes. So the authors' config.json beside the weights is compared, too, where the file exports
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = dict[str, "Tensor"]
+FLOATS = (
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+)  # float8 has scales beside it, which are lost
 INDEX = "model.safetensors.index.json"  # of weights in several files: {"weight_map": {name: file}}
 
 
@@ -47,6 +54,7 @@ def from_upstream(spec: Spec, source: Path, folder: Path) -> int:
     model = build(spec, device="meta")
     _check_settings(spec, source, model.config)
     _check(spec, source, tensors, model.state_dict(), model.config)
+    _check_numbers(source, tensors)
     checkpoint.write(folder, tensors, checkpoint.meaning_of(spec, model.config))
     return len(tensors)
 
@@ -61,6 +69,7 @@ def to_upstream(spec: Spec, source: Path, folder: Path) -> int:
     checkpoint.check_config(source, spec, config)
     theirs = _upstream_config(spec, config) if _reads_settings(spec) else None
     tensors = _converted(convert, read_tensors(source), source, spec)
+    _check_numbers(source, tensors)
     checkpoint.write(folder, tensors, theirs)
     return len(tensors)
 
@@ -196,3 +205,17 @@ def _check(spec: Spec, source: Path, got: Tensors, expected: Tensors, config: ob
             f"{spec.text} does not have; so with {len(unknown)} of {len(got)} tensors.",
             sizes,
         )
+
+
+def _check_numbers(source: Path, tensors: Tensors) -> None:
+    """Raises UserError for a quantised or integer tensor; a warning names those with nan or inf."""
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in FLOATS:
+            raise UserError(
+                f"'{name}' from {source} has dtype {dtype}, expected one of {', '.join(FLOATS)}.",
+                "Save the weights unquantised, as floating-point numbers.",
+            )
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        warn(f"{source} has nan or inf in {len(bad)} of {len(tensors)} tensors, first '{bad[0]}'.")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cat_bench import spec, store
-from cat_bench.packages import PACKAGES, Package, install_command, is_installed
+from cat_bench.packages import PACKAGES, Package, install_commands, is_installed
 from cat_bench.store import digest as digest  # one definition of Record.environment
 from cat_bench.user_code import hash_of
 
@@ -370,8 +370,7 @@ def _check_paths(info: spec.ArchitectureInfo, has_gpu: bool) -> Check:
     name, detail = f"paths of {info.name}", f"ready: {', '.join(ready)}"
     if not not_ready:
         return Check(name, "ok", detail)
-    installs = dict.fromkeys(install_command(one) for some in packages.values() for one in some)
-    fix = "; ".join(installs)
+    fix = install_commands(one for some in packages.values() for one in some)
     if any("a GPU" in wanted for wanted in wants.values()):
         fix = f"On a machine with an NVIDIA GPU{': ' if fix else '.'}{fix}"
     return Check(name, "warn", f"{detail}; not ready: {', '.join(not_ready)}", fix)

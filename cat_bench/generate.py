@@ -77,7 +77,13 @@ def choose(model: Architecture, logits: NextLogits, out: Tensor) -> None:
 
     On the fast paths of a GPU in one launch of our own: PyTorch's argmax takes 8 to 14 us longer
     (H100). A path of somebody else's model may know no Triton: then it is PyTorch's.
+    Raises ValueError for logits of another shape, whatever tokens might come of them.
     """
+    if logits.dim() != 2 or len(logits) != len(out):
+        raise ValueError(
+            f"prefill or step returned logits of shape {tuple(logits.shape)}, expected (b, v) with "
+            f"b = {len(out)}: of each sequence those of the token after its last one."
+        )
     fast = model.decode_path != "eager" and logits.is_cuda and logits.stride(1) == 1
     argmax = fast_argmax() if fast else None
     if argmax is None:

@@ -62,7 +62,7 @@ def _architecture(info: spec.ArchitectureInfo, one: spec.Spec) -> Entry:
         "name": one.text,
         "summary": info.summary,
         "settings": defaults | one.overrides,
-        "presets": info.presets,
+        "presets": {} if info.name.endswith(".py") else info.presets,  # a path has no other name
         "decode_paths": {path: _readiness(info, "decode", path) for path in info.decode_paths},
         "forward_paths": {path: _readiness(info, "forward", path) for path in info.forward_paths},
     }

@@ -48,9 +48,11 @@ def next_token_loss(
 def output_head(model: Any) -> nn.Linear | None:
     """What reads `model.hidden(tokens)` (b, t, d): `model.head`, or CAT's `model.decoder.head`.
 
-    None where a model has no `hidden`, or a head that is more than one matrix.
+    None where a model has no such method (in a user's file `hidden` may be a width, or a layer), or
+    a head that is more than one matrix.
     """
-    if not hasattr(model, "hidden"):
+    hidden = getattr(model, "hidden", None)
+    if isinstance(hidden, nn.Module) or not callable(hidden):
         return None
     owner = model if hasattr(model, "head") else getattr(model, "decoder", None)
     head = getattr(owner, "head", None)

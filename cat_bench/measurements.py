@@ -207,7 +207,7 @@ def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
             for name, metric in MEMORY_RATIOS.items():
                 if metric in rows:
                     found[name] = dense[metric] / row[metric]
-        if wide is not None and row["label"] != "Dense":
+        if wide is not None and not (row["label"] == "Dense" and _is_dense(rows)[row.name]):
             found |= _speedup("speedup_2d", wide, row)
         return found
 
@@ -270,12 +270,13 @@ def _ratio(a: tuple[float, ...], b: tuple[float, ...]) -> stats.Interval:
 def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Series | None:
     """The row of `name` to compare `row` with: same setting; same run and path where there is one.
 
-    None without one, or where several models could be meant (two Dense of other sizes).
+    None without one, or where several models could be meant (two Dense of other sizes). Its label
+    alone makes no file of a user's the reference.
     """
-    dense = rows[rows["label"] == name]
+    all_dense = rows[_is_dense(rows)]
+    dense = all_dense[all_dense["label"] == name]
     if dense.empty and name == "Dense":  # a tiny or resized one stands in, if it is the only one
-        is_dense = rows["arch"].str.partition(":")[0] == "dense"
-        dense = rows[is_dense & ~rows["label"].str.startswith("Dense-2D")]
+        dense = all_dense[~all_dense["label"].str.startswith("Dense-2D")]
         dense = dense if dense["arch"].nunique() == 1 else dense.iloc[:0]
     for setting in SAME_SETTING:
         dense = dense[dense[setting] == row[setting]]
@@ -284,6 +285,11 @@ def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Seri
         same = dense[dense[setting] == row[setting]]
         dense = dense if same.empty else same
     return None if dense.empty or not latency_samples(row) else dense.iloc[0]
+
+
+def _is_dense(rows: pd.DataFrame) -> pd.Series:
+    """Whether the architecture is baselines/dense.py, at whatever width."""
+    return rows["arch"].str.partition(":")[0] == "dense"
 
 
 def latency_samples(row: pd.Series) -> list[float]:

@@ -18,7 +18,7 @@ from cat_bench import planning, spec, store
 from cat_bench.case import Case
 from cat_bench.errors import UserError
 from cat_bench.messages import plural, say, warn
-from cat_bench.packages import install_command
+from cat_bench.packages import install_command, install_commands
 
 if TYPE_CHECKING:
     from cat_bench.runner import Progress, Summary
@@ -129,11 +129,11 @@ def check_machine(planned: Sequence[Case], open_cases: Sequence[Case] | None = N
     texts = [f"{uses} needs the package {name}" for name, uses in _by_package(asked).items()]
     if asked and all(_lacks(way) for way in _ways(asked)):
         lacks = sorted({lack for way in _ways(asked) for lack in _lacks(way)})
-        installs = dict.fromkeys(install_command(lack.package) for lack in lacks)
+        installs = install_commands(lack.package for lack in lacks)
         flags = dict.fromkeys(f"--{lack.kind}-path eager" for lack in lacks)
         raise UserError(
             f"no case can run here: {'; '.join(texts)}, which is not installed.",
-            f"Install it: {'; '.join(installs)}. Or start a run with {' '.join(flags)}.",
+            f"Start a run with {' '.join(flags)}, or install it: {installs}",
         )
     for package, uses in _by_package(planned if open_cases is None else open_cases).items():
         warn(

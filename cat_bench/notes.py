@@ -134,7 +134,8 @@ def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:
         gap = row.get("step_sum_difference")
         if pd.notna(gap):
             found.append(f"warning: {name}: the instrumented steps add up to {100 * gap:+.1f} %.")
-    found += [*disturbances(rows), *bound_by_launches(rows), *_slow_downs(rows)]
+    found += [*disturbances(rows), *bound_by_launches(rows), *whole_logits(rows)]
+    found += _slow_downs(rows)
     return (*found, *_reference_drift(records))
 
 
@@ -162,6 +163,17 @@ def bound_by_launches(rows: pd.DataFrame) -> tuple[str, ...]:
         f"warning: {_case_name(row)}: bound by the host: launching its kernels takes "
         f"{milliseconds(row['launch_s'])} of {milliseconds(row['train_step_s'])} ms."
         for _, row in bound.iterrows()
+    )
+
+
+def whole_logits(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note per architecture whose training steps hold what those beside it do not."""
+    if "chunked_loss" not in rows:
+        return ()
+    return tuple(
+        f"{label}: its logits exist in full, in time and peak: it has no `hidden` with a head of "
+        "one matrix (cat_bench/architecture.py)."
+        for label in rows[rows["chunked_loss"] == 0]["label"].unique()
     )
 
 

@@ -1,6 +1,7 @@
 """Optional packages: what each serves and how it is installed. Imports none of them."""
 
 import importlib.util
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -10,11 +11,13 @@ class Package(NamedTuple):
     module: str
     distribution: str
     serves: str
-    install: str
+    install: str  # to be pasted into a shell as it is
     gpu_only: bool = False  # its kernels run on NVIDIA GPUs and nowhere else
     extension: str = ""  # compiled module, where the package can be there without and is useless
 
 
+# In the order in which they are installed: `.[cuda]` brings what mamba-ssm and causal-conv1d are
+# built with.
 PACKAGES = (
     Package(
         "triton",
@@ -41,8 +44,9 @@ PACKAGES = (
     Package(
         "causal_conv1d",
         "causal-conv1d",
-        "forward path upstream of Mamba2, and its authors' own loop in suite upstream",
-        "pip install --no-build-isolation --no-deps causal-conv1d==1.7.0  (compiles with nvcc)",
+        "forward path upstream of Mamba2, and its authors' own loop in suite upstream (to install "
+        "it takes nvcc)",
+        "pip install --no-build-isolation --no-deps causal-conv1d==1.7.0",
         gpu_only=True,
         extension="causal_conv1d_cuda",
     ),
@@ -63,6 +67,13 @@ BY_MODULE = {package.module: package for package in PACKAGES}
 def install_command(module: str) -> str:
     """How to install what `import module` needs."""
     return BY_MODULE[module].install if module in BY_MODULE else f"pip install {module}"
+
+
+def install_commands(modules: Iterable[str]) -> str:
+    """How to install all of them, for a shell: each command once, in the order of PACKAGES."""
+    order = [*BY_MODULE]
+    known = sorted(modules, key=lambda m: order.index(m) if m in BY_MODULE else len(order))
+    return "; ".join(dict.fromkeys(map(install_command, known)))
 
 
 def is_installed(module: str) -> bool:

@@ -4,6 +4,7 @@ Everything heavy is imported inside the function that needs it: the command line
 """
 
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,35 @@ def plan(
     planner = suites.load(suite)
     specs = [spec.parse(text) for text in arch]
     _check_names(specs)
-    _check_forward_path(specs, options.forward_path)
+    _check_path(specs, "decode", options.decode_path)
+    _check_path(specs, "forward", options.forward_path)
     if options.scale == "smoke":
-        specs = [spec.tiny(one) for one in specs]
+        specs = [_tiny(one) for one in specs]
     cases = planner.plan(specs, options)
     if options.match is None:
         return cases, None
     return planner.plan(_matched(specs, cases, options.match, gpu_name), options), specs[0]
+
+
+def _tiny(one: spec.Spec) -> spec.Spec:
+    """`spec.tiny`. Raises UserError where no Config has such settings: in the user's own words
+    where they do not fit at full size either, else saying where the others come from.
+    """
+    from cat_bench.architecture import make_config
+
+    small = spec.tiny(one)
+    try:
+        make_config(small)
+    except UserError as error:
+        make_config(one)
+        made = ", ".join(
+            key for key in small.overrides if small.overrides[key] != one.overrides.get(key)
+        )
+        raise UserError(
+            error.message,
+            f"--quick shrinks what is not given, here {made}: give it, or drop --quick.",
+        ) from error
+    return small
 
 
 def _check_names(specs: list[spec.Spec]) -> None:
@@ -49,14 +72,22 @@ def _check_names(specs: list[spec.Spec]) -> None:
             )
 
 
-def _check_forward_path(specs: list[spec.Spec], asked: str | None) -> None:
-    """Raises UserError where an architecture's source names no such forward path."""
-    for one in specs if asked is not None else ():
-        known = spec.describe(one.name).forward_paths
+def _check_path(specs: list[spec.Spec], kind: str, asked: str | None) -> None:
+    """Raises UserError where an architecture has no such decode or forward path: before anyone asks
+    for the packages of a path, which may be those of the other kind.
+
+    Its class is asked, not its source: a user's Model may inherit them.
+    """
+    if asked is None:
+        return
+    from cat_bench.architecture import load_module
+
+    for one in specs:
+        known = getattr(load_module(one).Model, f"{kind}_paths", ("eager",))
         if asked not in known:
             raise UserError(
-                f"{one.text} has no forward path '{asked}'.{spec.did_you_mean(asked, known)}",
-                f"Its forward paths: {', '.join(known)}.",
+                f"{one.text} has no {kind} path '{asked}'.{spec.did_you_mean(asked, known)}",
+                f"Its {kind} paths: {', '.join(known)}.",
             )
 
 
@@ -84,14 +115,16 @@ def with_weights(cases: list[Case], folder: Path) -> list[Case]:
     A case is identified by what the folder holds; where it lies is a setting.
     """
     from cat_bench import checkpoint
-    from cat_bench.architecture import make_config
+    from cat_bench.architecture import build
 
     digest = checkpoint.digest(folder)
     planned = []
     for case in cases:
         if all(name != "reference" for name, _ in case.settings):
             parsed = spec.parse(case.arch)
-            checkpoint.check_config(folder, parsed, make_config(parsed))
+            model = build(parsed, device="meta")
+            checkpoint.check_config(folder, parsed, model.config)
+            checkpoint.check_tensors(folder, parsed, model)
             settings = tuple(sorted([*case.settings, ("weights", str(folder))]))
             case = replace(case, weights=digest, settings=settings)
         planned.append(case)
@@ -108,9 +141,28 @@ def resolve(
     from cat_bench import predict
 
     resolved = predict.resolve(cases, gpu_name, match, first)
-    for warning in dict.fromkeys(text for row in resolved.values() for text in row["warnings"]):
+    told = (text for row in resolved.values() for text in row["warnings"])
+    for warning in dict.fromkeys([*told, *_unlike_paths(cases)]):
         warn(warning)
     return resolved
+
+
+def _unlike_paths(cases: list[Case]) -> list[str]:
+    """A warning where some cases of a GPU run eagerly beside others on a fast path: launches bound
+    the first, so a ratio of the two says little about architectures.
+    """
+    archs: dict[tuple[str, str, bool], dict[str, None]] = defaultdict(dict)
+    for case in cases:
+        if case.device == "cuda" and "reference" not in dict(case.settings):
+            for kind in ("decode", "forward"):
+                archs[case.suite, kind, getattr(case, f"{kind}_path") == "eager"][case.arch] = None
+    return [
+        f"{', '.join(slow)}: {kind} path eager, bound by launches, beside a fast one of "
+        f"{', '.join(archs[suite, kind, False])}: their ratios say little. Compare them with "
+        f"--{kind}-path eager."
+        for (suite, kind, is_eager), slow in list(archs.items())
+        if is_eager and (suite, kind, False) in archs
+    ]
 
 
 def plan_line(cases: list[Case]) -> str:

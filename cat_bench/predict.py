@@ -161,9 +161,10 @@ def _check_length(case: Case, model: Architecture) -> None:
     spec = parse(case.arch)
     overrides = dict(sorted({**spec.overrides, "max_len": case.seq_len}.items()))
     longer = replace(spec, overrides=overrides).text
+    shrunk = " (--quick shrinks what is not given.)" if case.scale == "smoke" else ""
     raise UserError(
         f"{case.arch}: seq_len={case.seq_len} {problem}",
-        f"Use -a {longer}, or a shorter --seq-len.",
+        f"Use -a {longer}, or a shorter --seq-len.{shrunk}",
     )
 
 

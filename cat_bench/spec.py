@@ -330,8 +330,21 @@ def _example(key: str, type_text: str) -> str:
 
 
 def architectures() -> list[ArchitectureInfo]:
-    """Every architecture file of the package: CAT first, then the baselines by name."""
-    return [_read_architecture(name, path) for name, path in _own_files().items()]
+    """Every architecture file of the package: CAT first, then the baselines by name.
+
+    Raises UserError where two things would have one name: the second could never be asked for.
+    """
+    found = [_read_architecture(name, path) for name, path in _own_files().items()]
+    owners = {info.name: info.path for info in found}
+    for info in found:
+        for preset in info.presets:
+            if preset in owners:
+                raise UserError(
+                    f"{info.path}: the preset '{preset}' has a name that {owners[preset]} uses.",
+                    "Give it another name.",
+                )
+            owners[preset] = info.path
+    return found
 
 
 def suites() -> list[tuple[str, str]]:
@@ -398,24 +411,40 @@ def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
     constants = _constants(tree)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     model = _constants(classes["Model"]) if "Model" in classes else {}
+    fields = _fields(classes["Config"], constants) if "Config" in classes else {}
     return ArchitectureInfo(
         name=name,
         path=path,
         summary=_summary(tree),
-        fields=_fields(classes["Config"], constants) if "Config" in classes else {},
-        presets=_checked(path, "PRESETS", _literal(constants.get("PRESETS"), constants, {})),
+        fields=fields,
+        presets=_checked_presets(path, _dict(path, "PRESETS", constants), fields),
         decode_paths=_literal(model.get("decode_paths"), constants, ("eager",)),
         forward_paths=_literal(model.get("forward_paths"), constants, ("eager",)),
-        requires=_checked_requires(path, _literal(constants.get("REQUIRES"), constants, {})),
-        upstream_lacks=_checked(
-            path, "UPSTREAM_LACKS", _literal(constants.get("UPSTREAM_LACKS"), constants, {})
-        ),
+        requires=_checked_requires(path, _dict(path, "REQUIRES", constants)),
+        upstream_lacks=_dict(path, "UPSTREAM_LACKS", constants),
         exports=frozenset(_defined(tree)),
     )
 
 
-def _checked_requires(path: Path, value: Any) -> dict[str, str | tuple[str, ...]]:
-    for key, packages in _checked(path, "REQUIRES", value).items():
+def _checked_presets(path: Path, presets: dict, fields: dict[str, Field]) -> dict:
+    for name, settings in presets.items():
+        if not isinstance(settings, dict):
+            raise UserError(
+                f"{path}: the preset '{name}' is {settings!r}.",
+                f'It must be a dict of settings: {{"{name}": {{"width": 512}}}}.',
+            )
+        for key in settings:
+            if key not in fields:
+                raise UserError(
+                    f"{path}: the preset '{name}' sets '{key}', which its Config does not have."
+                    f"{did_you_mean(str(key), fields)}",
+                    f"Its settings: {', '.join(sorted(fields))}.",
+                )
+    return presets
+
+
+def _checked_requires(path: Path, value: dict) -> dict[str, str | tuple[str, ...]]:
+    for key, packages in value.items():
         names = [packages] if isinstance(packages, str) else packages
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise UserError(
@@ -425,7 +454,9 @@ def _checked_requires(path: Path, value: Any) -> dict[str, str | tuple[str, ...]
     return value
 
 
-def _checked(path: Path, name: str, value: Any) -> dict:
+def _dict(path: Path, name: str, constants: dict[str, ast.expr]) -> dict:
+    """The literal dict of that name; empty where the file has none."""
+    value = _literal(constants[name], constants, None) if name in constants else {}
     if not isinstance(value, dict):
         raise UserError(
             f"{path}: {name} is not a literal dict.", "It is read without importing the file."

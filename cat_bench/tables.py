@@ -32,6 +32,7 @@ from cat_bench.columns import (
 )
 from cat_bench.measurements import SETTINGS, frame, joined, measured, summary
 from cat_bench.notes import configurations, failures, foreign_dense, remarks, warnings
+from cat_bench.spec import name_of
 
 NOT_GENERATING = ("training", "attention")  # suites without decode path, prompt and steps
 
@@ -60,7 +61,7 @@ def run_table(run: store.Run) -> Table:
 
 def records_table(records: pd.DataFrame) -> Table:
     """The table of the suite, where all rows are of one of KINDS; else one column per metric."""
-    rows = measured(records)
+    rows = _distinct_labels(measured(records))
     if rows.empty:
         return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
     upstream = rows["suite"] == "upstream"
@@ -97,6 +98,31 @@ def records_table(records: pd.DataFrame) -> Table:
     )
 
 
+def _distinct_labels(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` in which no label means several specs at one shape: what they differ in is appended.
+
+    A user's own `label` need not tell every setting, as architecture.full_label does.
+    """
+    told: dict[tuple[str, str], str] = {}
+    for label, same in rows.groupby("label") if len(rows) else ():
+        if same.groupby(["batch_size", "seq_len"])["arch"].nunique().max() > 1:
+            pieces = {arch: _pieces(arch) for arch in same["arch"].unique()}
+            shared = set.intersection(*map(set, pieces.values()))
+            for arch, all_of_it in pieces.items():
+                apart = ", ".join(piece for piece in all_of_it if piece not in shared)
+                told[label, arch] = f"{label} ({apart})" if apart else label
+    if not told:
+        return rows
+    pairs = zip(rows["label"], rows["arch"], strict=True)
+    return rows.assign(label=[told.get(pair, pair[0]) for pair in pairs])
+
+
+def _pieces(arch: str) -> list[str]:
+    """The name of a spec, then its settings."""
+    name = name_of(arch)
+    return [name, *filter(None, arch[len(name) + 1 :].split(","))]
+
+
 def _upstream_table(rows: pd.DataFrame, records: pd.DataFrame) -> Table:
     """Suite upstream: our loop and the authors', pair by pair."""
     rows = rows.assign(loop=[dict(settings).get("loop", "") for settings in rows["settings"]])
@@ -122,7 +148,7 @@ def details_table(records: pd.DataFrame) -> Table | None:
     Steps come from one instrumented generation; a boundary step of CAT closes a chunk (compress,
     write the slot), all its others are inner steps.
     """
-    return details_of(measured(records))
+    return details_of(_distinct_labels(measured(records)))
 
 
 def details_of(rows: pd.DataFrame) -> Table | None:
@@ -143,7 +169,7 @@ def _has_generated(rows: pd.DataFrame) -> bool:
 
 def full_table(records: pd.DataFrame) -> Table:
     """Both tables in one, with run, scale and device: JSON and CSV have no page to fit."""
-    rows, made = measured(records), records_table(records)
+    rows, made = _distinct_labels(measured(records)), records_table(records)
     if rows.empty or "latency_s" not in rows:
         return made
     rows = dense_first(rows)

@@ -27,7 +27,7 @@ from cat_bench.architecture import Architecture, build, make_config
 from cat_bench.case import Case, Record
 from cat_bench.environment import clock_state
 from cat_bench.errors import UserError
-from cat_bench.packages import install_command
+from cat_bench.packages import install_commands
 from cat_bench.spec import Spec, describe, parse, resolve
 from cat_bench.suites import load
 from cat_bench.user_code import FileFault, importable
@@ -132,7 +132,7 @@ def _require_packages(spec: Spec, kind: str, path: str) -> None:
         raise UserError(
             f"the {kind} path '{path}' of {spec.text} needs the package {' and '.join(lacking)}, "
             "which is not installed.",
-            f"Install it: {'; '.join(map(install_command, lacking))}",
+            f"Install it: {install_commands(lacking)}",
         )
 
 

@@ -7,13 +7,15 @@ head h with gamma = 1 - 2^(-5 - h), the memory S starts at 0:
     S_t = gamma S_{t-1} + k_t v_t^T;   o_t = S_t^T q_t / sqrt(64)
 
 Output: attn_out(GroupNorm(o) silu(gate(x))), one group per head. State: S, so it does not grow; its
-sums are float32 at least. Forward and prefill read CHUNK tokens at once, a step reads one.
+sums are float32 at least. Forward and prefill read CHUNK tokens at once, a step reads one. On a GPU
+the decode path `cuda_graph` captures that step: the same PyTorch, launched as one.
 
 Shapes: b batch, t tokens, d width, h heads, e head width (64), c chunk, l layers, v words.
 Try it: cat-bench run efficiency -a notebooks/retention.py -a dense --quick
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,8 +34,10 @@ from cat_bench.blocks import (
     rotate,
     sum_dtype,
 )
+from cat_bench.graph import CapturedStep
 from cat_bench.language_model import LanguageModel
 
+REQUIRES = {"cuda_graph": "triton"}  # comes with a torch for GPUs: what the path needs
 CHUNK = 64  # tokens read at once: speed only, the results are the same
 
 
@@ -56,10 +60,11 @@ class Config:
 class State(NamedTuple):
     memories: Tensor  # (l, b, h, e, e), float32 at least: S of every layer; written in place
     num_tokens: int
+    captured: CapturedStep | None  # decode path cuda_graph: the step, tied to `memories`
 
 
 class Model(LanguageModel):
-    decode_paths = ("eager",)
+    decode_paths = ("eager", "cuda_graph")
 
     def __init__(self, config: Config, decode_path: str = "eager"):
         blocks = [RetentionBlock(config) for _ in range(config.num_layers)]
@@ -75,7 +80,16 @@ class Model(LanguageModel):
         return self.norm(x)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
-        return State(self._empty(batch_size), 0)
+        memories = self._empty(batch_size)
+        if self.decode_path == "eager":
+            return State(memories, 0, None)
+        captured = CapturedStep(partial(self._read_token, memories), batch_size, memories.device)
+        return self.reset(State(memories, 0, captured))  # capturing ran the step
+
+    def _read_token(self, memories: Tensor, token: Token, position: Tensor) -> Tensor:
+        """One token, of which all is on the device: (b,) and its position (b,) -> logits (b, v)."""
+        rope = rope_table(position[:, None], self.config.rope_base)
+        return self.head(self._read(token[:, None], rope, memories)[:, -1])
 
     def _empty(self, batch_size: int) -> Tensor:
         heads = self.config.width // HEAD_WIDTH
@@ -94,14 +108,22 @@ class Model(LanguageModel):
         """Read `tokens` into the state; return the logits of the token after the last one."""
         start, end = state.num_tokens, state.num_tokens + tokens.shape[1]
         rope = rope_table(torch.arange(start, end, device=tokens.device), self.config.rope_base)
+        x = self._read(tokens, rope, state.memories)
+        return self.head(x[:, -1]), state._replace(num_tokens=end)
+
+    def _read(self, tokens: Tokens, rope: Rope, memories: Tensor) -> Tensor:
+        """Final hidden states (b, t, d); `memories` move on in place."""
         x = self.embed(tokens)  # (b, t, d)
-        for block, memory in zip(self.blocks, state.memories, strict=True):
+        for block, memory in zip(self.blocks, memories, strict=True):
             x, new = block(x, rope, memory)
             memory.copy_(new)
-        return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)
+        return self.norm(x)
 
     def step(self, token: Token, state: State) -> tuple[NextLogits, State]:
-        return self.prefill(token[:, None], state)
+        if state.captured is None:
+            return self.prefill(token[:, None], state)
+        logits = state.captured(token, state.num_tokens)
+        return logits, state._replace(num_tokens=state.num_tokens + 1)
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
         """layers x batch x heads x 64 x 64 = layers x batch x width x 64, whatever the length."""

@@ -34,6 +34,7 @@ from cat_bench.architecture import (
     prefill_costs,
 )
 from cat_bench.errors import UserError
+from cat_bench.loss import output_head
 
 SEQ_LEN = 22  # tokens; a multiple of neither chunk size below, so the last chunk stays open
 PROMPTS = (1, 3, 4, 5, 8, SEQ_LEN)  # tokens: before, on and after a chunk boundary
@@ -344,6 +345,16 @@ def check_row_alone_equals_row_in_batch(subject: Subject) -> None:
         assert_same(got, decoded[row : row + 1], f"decoding row {row} alone")
 
 
+def check_head_of_hidden_equals_forward(subject: Subject) -> None:
+    """Only where training takes its loss from `hidden` and the head instead of from `forward`."""
+    model, tokens = subject.model(), subject.tokens(2)
+    head = output_head(model)
+    if head is not None:
+        with torch.no_grad():
+            got = head(model.hidden(tokens))
+        assert_same(got, forward(model, tokens), "head(hidden(tokens)) against forward(tokens)")
+
+
 # Costs
 
 
@@ -472,9 +483,16 @@ def check_low_precision(subject: Subject) -> None:
             ("prefill and steps", decode(rounded, tokens, [1])[0]),
         ]:
             error = relative_norm(got, expected)
-            assert error < limit, (
-                f"{what} in {dtype}: relative error {error:.2e}, limit {limit:.2e}"
-            )
+            message = f"{what} in {dtype}: relative error {error:.2e}, limit {limit:.2e}."
+            assert error < limit, message + eps_hint(rounded)
+
+
+def eps_hint(model: torch.nn.Module) -> str:
+    """What may be wrong with low precision and no rounding."""
+    norms = (module for module in model.modules() if isinstance(module, torch.nn.RMSNorm))
+    if all(norm.eps is not None for norm in norms):
+        return ""
+    return " An nn.RMSNorm without eps takes that of its dtype, 0.0078 in bfloat16: give it one."
 
 
 CHECKS: dict[str, Callable[[Subject], None]] = {

@@ -123,7 +123,11 @@ def refused(answer: Answer, *parts: str) -> None:
         ("-a dense --dtype int8", ["--dtype 'int8' is unknown"]),
         ("-a dense --device tpu", ["--device 'tpu' is unknown"]),
         ("-a dense --match size", ["--match 'size' is unknown"]),
-        ("-a dense --decode-path warp", ["no decode path 'warp'; it has: eager"]),
+        ("-a dense --decode-path warp", ["no decode path 'warp'", "Its decode paths: eager, cuda"]),
+        (  # the forward path of this name needs a package; that is not what is wrong
+            "-a based --decode-path upstream --quick",
+            ["based has no decode path 'upstream'", "Its decode paths: eager, cuda_graph"],
+        ),
         (
             "-a dense --forward-path compil",
             ["no forward path 'compil'. Did you mean: compile", "Its forward paths: eager, comp"],
@@ -137,6 +141,15 @@ def refused(answer: Answer, *parts: str) -> None:
         ),
         ("-a dense --quick --device cuda", ["--quick runs on the CPU"]),
         ("-a dense:width=100 --quick", ["width=100: width must be a positive multiple of 64"]),
+        (  # a setting that fits at full size, and one that does not
+            "-a dense:num_kv_heads=4 --quick",
+            [
+                "num_kv_heads must divide the 1 heads",
+                "--quick shrinks what is not given, here num_",
+            ],
+        ),
+        ("-a mamba2:headdim=48 --quick", ["error: mamba2:headdim=48: headdim must divide"]),
+        ("-a cat-8 --quick --seq-len 4000", ["-a cat:max_len=4000,", "(--quick shrinks what is"]),
         ("-a dense -a cat-8 --quick --match params", ["--match chooses widths, but --quick"]),
         ("-a dense -a dense-2d --match params", ["dense-2d: --match", "set by the preset"]),
         ("-a dense --timeout 0", ["--timeout 0 is no time", "Example: --timeout 3600"]),
@@ -382,6 +395,7 @@ def test_a_missing_package_of_a_forward_path_is_refused(cat_bench: Cli, tmp_path
     flags = ("--device", "cpu", "--forward-path", "upstream")
     answer = cat_bench("run", "training", "-a", mine, *flags)
     refused(answer, "forward path 'upstream' needs the package a_package", "--forward-path eager")
+    assert answer.err.endswith("pip install a_package_that_is_not_installed\n")  # to be pasted
 
 
 def test_cases_that_lack_a_package_are_rows_beside_the_others(
@@ -518,6 +532,22 @@ def test_the_list_shows_a_file_outside_the_tree(cat_bench: Cli, tmp_path: Path):
     assert "decode path upstream: needs a_package_that_is_not_installed: pip" in listed.out
     assert "cat:chunk_size=16" in listed.out and "baselines" not in listed.out
     assert cat_bench("list", "-a", mine, "-a", "cat-16").out == listed.out
+    mine.write_text('PRESETS = {"mine-wide": {"width": 128}}\n' + mine.read_text())
+    (shown,) = json.loads(cat_bench("list", "-a", mine, "--json").out)["architectures"]
+    assert shown["presets"] == {}  # no spec could name them
+
+
+def test_a_plan_says_where_eager_stands_beside_a_fast_path(cat_bench: Cli, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY.replace('("eager", "upstream")', '("eager",)'))
+    plan = ("-a", mine, "-a", "dense", "-a", "cat-8", "--gpu", "H100", "--dry-run")
+    answer = cat_bench("run", "efficiency", *plan)
+    assert answer.code == 0
+    assert f"warning: {mine}: decode path eager" in answer.err
+    assert "beside a fast one of dense, cat: their ratios" in answer.err
+    assert "forward path eager, bound" not in answer.err  # none of them has another here
+    for same in (("--decode-path", "eager"), ("--reference-every", "1", "--decode-path", "eager")):
+        assert "bound by launches" not in cat_bench("run", "efficiency", *plan, *same).err
 
 
 def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):

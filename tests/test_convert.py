@@ -302,6 +302,31 @@ def test_weights_of_another_family_are_refused_by_name(tmp_path: Path) -> None:
         convert.from_upstream(parse(GDN), theirs, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_numbers_are_refused(
+    tmp_path: Path, spec: Spec, upstream: Path, dtype: torch.dtype
+) -> None:
+    save_file({name: t.to(dtype) for name, t in load_file(upstream).items()}, upstream)
+    with pytest.raises(UserError, match=f"has dtype {str(dtype)[6:]}, expected one of float16"):
+        convert.from_upstream(spec, upstream, tmp_path / "ours")
+    assert left_behind(tmp_path) == {"mine.py", "x.safetensors"}
+
+
+def test_weights_that_are_not_finite_get_a_warning(
+    tmp_path: Path, spec: Spec, upstream: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(upstream)
+    convert.from_upstream(spec, upstream, tmp_path / "whole")
+    assert "nan or inf" not in capsys.readouterr().err
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, upstream)
+    convert.from_upstream(spec, upstream, tmp_path / "ours")
+    said = f"has nan or inf in 1 of {len(tensors) + 1} tensors, first 'norm.weight'"
+    assert said in capsys.readouterr().err
+    convert.to_upstream(spec, tmp_path / "ours", tmp_path / "theirs")
+    assert "first 'model.norm.weight'" in capsys.readouterr().err
+
+
 # --- run --weights --------------------------------------------------------------------------------
 
 
@@ -340,8 +365,53 @@ def test_weights_of_another_config_are_refused_in_the_plan(spec: Spec, folder: P
     wider = parse(f"{spec.name}:width=128")
     with pytest.raises(UserError, match="has width=64, but .* means width=128") as error:
         planned(wider, folder)
-    assert "width=64" in error.value.hint
+    assert error.value.hint == f"Use the spec {spec.name}"  # 64 is its default
     with pytest.raises(UserError, match="holds weights of .*mine.py, got the spec dense"):
         planned(parse("dense"), folder)
     with pytest.raises(UserError, match="config.json cannot be read"):
         planned(spec, folder.parent / "nowhere")
+
+
+def test_all_settings_that_do_not_fit_are_told_at_once_with_the_spec_to_use(
+    spec: Spec, folder: Path
+) -> None:
+    other = parse(f"{spec.name}:width=128,vocab_size=96")
+    with pytest.raises(UserError, match="has width=64, vocab_size=48, but .* width=128, vocab"):
+        planned(other, folder)
+    dense = parse("dense:width=128,num_layers=1,vocab_size=96")
+    checkpoint.save(folder.parent / "dense", dense, build(dense))
+    for asked in ("dense", "cat-8"):
+        with pytest.raises(UserError) as error:
+            planned(parse(asked), folder.parent / "dense")
+        assert error.value.hint.endswith(f"Use the spec {dense.text}")
+
+
+def test_weights_that_are_not_whole_are_refused_in_the_plan(spec: Spec, folder: Path) -> None:
+    path = folder / checkpoint.WEIGHTS
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="model.safetensors cannot be read as safetensors"):
+        planned(spec, folder)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    norm = tensors.pop("norm.weight")
+    for others, said in (
+        ({}, r"has no 'norm.weight', but .* has 'norm.weight' with shape \(64,\)"),
+        ({"norm.weight": norm[:32].clone()}, r"has 'norm.weight' with shape \(32,\), but"),
+        ({"norm.weight": norm, "more": norm.clone()}, r"has 'more' with shape .* has no 'more'"),
+    ):
+        save_file(tensors | others, path)
+        with pytest.raises(UserError, match=said):
+            planned(spec, folder)
+
+
+def test_a_folder_of_the_authors_goes_through_convert_first(spec: Spec, upstream: Path) -> None:
+    folder = upstream.parent / "theirs"
+    folder.mkdir()
+    upstream.rename(folder / checkpoint.WEIGHTS)
+    for config in (None, '{"model_type": "mine"}'):
+        if config:
+            (folder / checkpoint.CONFIG).write_text(config)
+        with pytest.raises(UserError) as error:
+            planned(spec, folder)
+        assert "cat-bench convert SPEC FOLDER -o NEW" in error.value.hint

@@ -4,6 +4,7 @@ import itertools
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,3 +237,23 @@ def test_out_of_memory_keeps_the_rows_so_far_and_the_counters() -> None:
     assert {"num_params", "state_bytes", "compile_s"} <= set(kept)
     assert kept[-1] == "peak_rss_bytes"
     assert "latency_s" not in kept
+
+
+@pytest.mark.parametrize("method", ["prefill", "step"])
+def test_logits_of_another_shape_fail_the_case_before_anything_is_timed(method: str) -> None:
+    case, model = tiny_case(DENSE), build(parse(DENSE))
+    right = getattr(model, method)
+
+    def of_all_tokens(tokens: torch.Tensor, state: object) -> tuple:
+        logits, state = right(tokens, state)
+        return logits[:, None].expand(-1, 5, -1), state
+
+    setattr(model, method, of_all_tokens)
+    kept = []
+    with pytest.raises(ValueError, match=r"returned logits of shape \(2, 5, 96\), exp"):
+        for record in measure(case, model):
+            kept.append(record.metric)
+    assert "latency_s" not in kept
+    if method == "step":  # one new token needs no step
+        measured_alone = list(measure(replace(case, seq_len=6), model))
+        assert "ttft_s" in {record.metric for record in measured_alone}

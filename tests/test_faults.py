@@ -229,6 +229,16 @@ class DenseOtherPath(dense.Model):
         self.decode_path = "fast"
 
 
+class DenseOtherHidden(dense.Model):
+    """Training would take another loss than that of `forward`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(super().hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        return 7 * super().hidden(tokens)
+
+
 LATER, STEPS = "later_tokens_change_no_earlier_logits", "prefill_and_steps_equal_forward"
 ALLOCATION, SEGMENTS = "state_bytes_equal_the_allocation", "segments_equal_one_prefill"
 
@@ -259,6 +269,7 @@ FAULTS: dict[type, tuple[str, ...]] = {
     DenseMiscountedParameters: ("parameter_counts",),
     DenseCostsOfOneRow: ("step_costs",),
     DensePromptAsTraining: ("prefill_costs",),
+    DenseOtherHidden: ("head_of_hidden_equals_forward",),
     DenseOtherPath: ("declared_paths_and_label",),
 }
 
@@ -269,6 +280,24 @@ def test_a_planted_fault_is_reported(fault: type) -> None:
     faulty = dataclasses.replace(clean, model_class=fault)
     for name in FAULTS[fault]:
         assert reports(CHECKS[name], faulty), f"{name} does not see {fault.__name__}"
+
+
+class DenseNormWithoutEps(dense.Model):
+    """PyTorch then takes the eps of the dtype: another model in bfloat16."""
+
+    def __init__(self, config: dense.Config, decode_path: str = "eager"):
+        super().__init__(config, decode_path)
+        for module in self.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.eps = None
+
+
+def test_a_norm_without_eps_is_told_as_the_reason() -> None:
+    with pytest.raises(AssertionError, match="RMSNorm without eps takes that of its dtype"):
+        CHECKS["low_precision"](dataclasses.replace(DENSE, model_class=DenseNormWithoutEps))
+    with pytest.raises(AssertionError) as error:
+        CHECKS["low_precision"](dataclasses.replace(DENSE, model_class=DenseRoughArithmetic))
+    assert "eps" not in str(error.value)
 
 
 def test_the_subjects_without_a_fault_are_those_of_the_contract() -> None:

@@ -171,6 +171,27 @@ def test_chunks_equal_the_recurrence_with_gradients(seq_len: int) -> None:
         torch.testing.assert_close(chunked, recurrent, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 70])  # the recurrence; a chunk and a part
+def test_autocast_leaves_the_rule_in_float32(num_tokens: int, monkeypatch) -> None:
+    name = "recurrent_delta_rule" if num_tokens == 1 else "chunked_delta_rule"
+    rule, calls = getattr(gdn, name), []
+
+    def recorded(*parts: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append((parts, rule(*parts)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(gdn, name, recorded)
+    mixer = SUBJECT.model("float32").blocks[0].mixer
+    x = torch.randn(2, num_tokens, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixer(x, mixer.empty(2))
+    [(parts, found)] = calls
+    assert {part.dtype for part in (*parts, *found)} == {torch.float32}
+    exact = rule(*(part.double() for part in parts))
+    for got, expected in zip(found, exact, strict=True):  # with bfloat16 products: 1e-3
+        assert contract.relative_norm(got, expected) < 1e-5
+
+
 @pytest.mark.parametrize("log_decay", [0.0, -40.0])
 def test_chunks_keep_precision_at_the_extremes(log_decay: float) -> None:
     """One key again and again, corrected in full: float32, without decay and with nothing left."""

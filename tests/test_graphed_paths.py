@@ -4,6 +4,7 @@ GPU to be wrong.
 """
 
 from functools import partial
+from pathlib import Path
 from unittest.mock import Mock
 
 import contract
@@ -17,6 +18,7 @@ from cat_bench import cat, chunk_block, language_model
 from cat_bench import chunk_attention as chunk_attention_module
 from cat_bench.chunk_attention import chunk_attention
 
+RETENTION = Path(__file__).parents[1] / "notebooks" / "retention.py"
 SUBJECTS = [
     subject
     for name in ("cat", "dense", "sparse", "sliding_window")
@@ -41,6 +43,14 @@ def test_graphed_step_equals_eager(
     subject: Subject, batch_size: int, segments: tuple[int, ...]
 ) -> None:
     reference_kernels.check_graphed_steps(subject, batch_size, segments)
+
+
+def test_the_captured_step_of_the_example_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recurrent state in plain PyTorch, as README's 'Add your architecture' has it."""
+    (subject,) = contract.subjects_of(str(RETENTION))
+    names = subject.model_class.init_state.__globals__  # of this very import of the file
+    monkeypatch.setitem(names, "CapturedStep", reference_kernels.Uncaptured)
+    reference_kernels.check_graphed_steps(subject, 3, (3, 8))
 
 
 CATS = [s for s in SUBJECTS if s.label.startswith("cat")]

@@ -136,8 +136,10 @@ def test_the_loss_of_a_model_is_that_of_its_logits(arch: str) -> None:
 def test_a_model_without_hidden_states_or_a_plain_head_uses_its_logits() -> None:
     head = nn.Linear(3, 5, bias=False)
     assert output_head(SimpleNamespace(head=head)) is None
-    assert output_head(SimpleNamespace(head=head, hidden=None)) is head
-    assert output_head(SimpleNamespace(head=nn.Linear(3, 5), hidden=None)) is None
+    assert output_head(SimpleNamespace(head=head, hidden=len)) is head
+    assert output_head(SimpleNamespace(head=nn.Linear(3, 5), hidden=len)) is None
+    for other in (512, None, nn.Linear(3, 3)):  # a width, or a layer, of that name
+        assert output_head(SimpleNamespace(head=head, hidden=other)) is None
     logits = torch.randn(1, 4, 5)
     model = SimpleNamespace(forward=lambda tokens: logits)
     targets = torch.tensor([[1, 2, IGNORE, 4]])

@@ -1,5 +1,7 @@
 """Optional packages: found without importing them, and how to install what is not there."""
 
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,3 +34,16 @@ def test_what_has_kernels_for_gpus_only():
         package.module for package in packages.PACKAGES if packages.is_gpu_only(package.module)
     }
     assert found == {"triton", "fla", "mamba_ssm", "causal_conv1d"}
+
+
+def test_install_commands_are_for_a_shell_and_in_the_order_in_which_they_work():
+    """`.[cuda]` brings setuptools and wheel, which mamba-ssm is built with."""
+    commands = packages.install_commands(
+        ["no_such_package", "causal_conv1d", "mamba_ssm", "fla", "triton"]
+    )
+    first, second, third, last = commands.split("; ")
+    assert first == "pip install -e '.[cuda]'" and last == "pip install no_such_package"
+    assert "mamba-ssm==" in second and "causal-conv1d==" in third
+    words = [shlex.split(command)[-1] for command in (second, third)]  # nothing after the version
+    assert [word.partition("==")[0] for word in words] == ["mamba-ssm", "causal-conv1d"]
+    assert subprocess.run(["bash", "-n", "-c", commands], check=False).returncode == 0

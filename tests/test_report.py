@@ -311,6 +311,47 @@ def test_a_report_never_mixes_scales_or_devices_in_one_table(tmp_path) -> None:
     }  # fmt: skip
 
 
+def test_a_users_file_labelled_dense_is_no_reference(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(LABELS, "mine.py", "Dense")
+    rows = [
+        (case("mine.py"), lambda key: timed(key, 1.0, 1.0)),
+        (case("dense"), lambda key: timed(key, 4.0, 1.0)),
+        (case("cat"), lambda key: timed(key, 2.0, 1.0)),
+    ]
+    found = measurements.measured(measurements.frame([make_run(tmp_path, rows=rows)]))
+    assert dict(zip(found["arch"], found["speedup"], strict=True)) == {
+        "mine.py": 4.0,
+        "dense": 1.0,
+        "cat": 2.0,
+    }
+    alone = measurements.measured(measurements.frame([make_run(tmp_path, rows=rows[::2])]))
+    assert "speedup" not in alone  # no Dense here
+
+
+def test_rows_of_one_label_tell_the_settings_that_differ(tmp_path, monkeypatch) -> None:
+    """Where specs share a label at one shape, and only there."""
+    specs = [f"mine.py:num_layers={n},width=64" for n in (1, 3)]
+    for arch in (*(text.split(",")[0] for text in specs), "other.py"):
+        monkeypatch.setitem(LABELS, arch, "Mine")
+    rows = [(case(arch), lambda key: timed(key, 1.0, 1.0)) for arch in (*specs, "other.py")]
+    made = tables.run_table(make_run(tmp_path, rows=rows))
+    assert list(made.text["architecture"]) == [
+        "Mine (mine.py, num_layers=1, width=64)",
+        "Mine (mine.py, num_layers=3, width=64)",
+        "Mine (other.py)",
+    ]
+    run = make_run(tmp_path, rows=rows[:2])
+    assert list(tables.run_table(run).text["architecture"]) == [
+        "Mine (num_layers=1)",
+        "Mine (num_layers=3)",
+    ]
+    full = tables.full_table(measurements.frame([run]))
+    assert list(full.text["architecture"]) == ["Mine (num_layers=1)", "Mine (num_layers=3)"]
+    apart = [rows[0], (case(specs[1], batch_size=4), rows[1][1])]
+    text = tables.run_table(make_run(tmp_path, rows=apart)).text
+    assert set(text["architecture"]) == {"Mine"}  # the batch tells them apart
+
+
 def test_two_dense_of_other_sizes_are_no_reference(tmp_path) -> None:
     """Which Dense is meant must not depend on the order in which cases ran."""
     archs = {"dense:width=512": "Dense (width=512)", "dense:width=256": "Dense (width=256)"}

@@ -165,6 +165,30 @@ def test_the_directory_is_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert spec.parse("mine-wide").text == "mine:width=128"
 
 
+@pytest.mark.parametrize(
+    ("presets", "said"),
+    [
+        ('dict(mine_wide={"width": 2})', "PRESETS is not a literal dict."),
+        ('{"wide": {"witdh": 2}}', "'wide' sets 'witdh', which its Config does not have. Did you"),
+        ('{"wide": 2}', "the preset 'wide' is 2."),
+    ],
+)
+def test_presets_are_checked_where_they_are_read(tmp_path: Path, presets: str, said: str):
+    path = tmp_path / "mine.py"
+    path.write_text(re.sub(r"(?m)^PRESETS = .*", f"PRESETS = {presets}", MINE))
+    with pytest.raises(UserError) as error:
+        spec.parse(str(path))
+    assert said in error.value.message and str(path) in error.value.message
+
+
+@pytest.mark.parametrize("name", ["cat", "cat-8", "mine"])
+def test_a_preset_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str):
+    (tmp_path / "mine.py").write_text(MINE.replace('"mine-wide"', f'"{name}"'))
+    monkeypatch.setattr(spec, "BASELINES", tmp_path)
+    with pytest.raises(UserError, match=f"mine.py: the preset '{name}' has a name that .* uses"):
+        spec.architectures()
+
+
 def test_a_path_may_need_several_packages_and_more_of_them_in_the_forward_pass(tmp_path: Path):
     path = tmp_path / "mine.py"
     requires = '{"upstream": "torch", "forward upstream": ("torch", "no_such_package")}'

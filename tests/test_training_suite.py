@@ -305,6 +305,7 @@ def made_up(
     factor: float = 1.0,
     cat_parts: float = 1.0,
     launch_share: float = 0.5,
+    chunked_loss: float = 1.0,
 ) -> store.Run:
     """A run in which CAT takes 3 s a step, Dense-2D 2 s and Dense 1 s, times `factor`.
 
@@ -329,6 +330,7 @@ def made_up(
             Record(case.key, "backward_s", 0.5 * parts_s, "s"),
             Record(case.key, "optimizer_s", 0.1 * parts_s, "s"),
             Record(case.key, "launch_s", launch_share * s, "s"),
+            Record(case.key, "chunked_loss", chunked_loss, "1"),
         ]
         run.append([*rows, Record(case.key, "case", 1.0, "s")])
     return run
@@ -366,6 +368,14 @@ def test_a_step_that_waits_for_its_launches_is_said(tmp_path: Path) -> None:
         notes = tables.run_table(made_up(tmp_path, [dense], launch_share=share)).notes
         said = [note for note in notes if "bound by the host" in note]
         assert len(said) == len(expected) and all(text in said[0] for text in expected)
+
+
+def test_logits_that_exist_in_full_are_said(tmp_path: Path) -> None:
+    (dense,) = plan([parse("dense")], Options(device="cuda", seq_lens=(1024,)))
+    for chunked, expected in ((1.0, 0), (0.0, 1)):
+        notes = tables.run_table(made_up(tmp_path, [dense], chunked_loss=chunked)).notes
+        said = [note for note in notes if note.startswith("Dense: its logits exist in full")]
+        assert len(said) == expected
 
 
 def test_a_drift_reference_adds_no_table_of_steps(tmp_path: Path) -> None:
