@@ -378,6 +378,13 @@ def test_logits_that_exist_in_full_are_said(tmp_path: Path) -> None:
         assert len(said) == expected
 
 
+def test_the_exhibit_says_so_too(tmp_path: Path) -> None:
+    cases = [case for case in exhibit.plan("h100") if case.arch == "dense"]
+    records = measurements.frame([made_up(tmp_path, cases, chunked_loss=0.0)])
+    (table,) = exhibit.render(_build.find(records, cases).records, [], "h100").tables
+    assert any(note.startswith("Dense: its logits exist in full") for note in table.notes)
+
+
 def test_a_drift_reference_adds_no_table_of_steps(tmp_path: Path) -> None:
     cases = three_cases()
     run = made_up(tmp_path, cases)

@@ -24,7 +24,13 @@ from cat_bench.columns import (
     percent,
     whole,
 )
-from cat_bench.notes import bound_by_launches, disturbances, failures, foreign_dense
+from cat_bench.notes import (
+    bound_by_launches,
+    disturbances,
+    failures,
+    foreign_dense,
+    whole_logits,
+)
 from cat_bench.paper import _curves, _published, _settings
 from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
@@ -91,6 +97,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         TRAINING_DEFINITIONS[2],
         *NOTES,
         *_curves.patterns(rows),
+        *whole_logits(rows),
         *failures(rows),
     ]
     notes += [*foreign_dense(rows), *disturbances(rows), *bound_by_launches(rows)]
