@@ -222,7 +222,7 @@ def _measure(target: store.Run, retry: frozenset[str], timeout_s: float, as_json
 def _print_missing(cases: list[Case], gpu: str | None, as_json: bool) -> None:
     """`paper --dry-run`."""
     if not cases:
-        typer.echo("[]" if as_json else "plan: no case is missing. Nothing was run.")
+        typer.echo("[]" if as_json else "plan: no case. Nothing was run.")
         return
     machine = planning.machine(cases[0].device, gpu)
     resolved = planning.resolve(cases, machine["gpu_name"])

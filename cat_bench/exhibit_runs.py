@@ -73,9 +73,6 @@ def measure_missing(
     repeats: int | None = None,
 ) -> Callable[[list[Case]], None]:
     """What measures the cases that an exhibit lacks, all in one new run folder."""
-    from cat_bench.suites import efficiency
-
-    efficiency.check_counts("--repeats", None if repeats is None else [repeats])
 
     def measure(missing: list[Case]) -> None:
         order = _order(missing, is_chosen, repeats)
@@ -101,20 +98,25 @@ def missing(
     repeats: int | None,
     gpu: str | None,
 ) -> list[Case]:
-    """What `measure_missing` would measure, in its order: on this machine, or, where it has no GPU
-    and for --gpu, whatever the GPU lacks that the exhibits show.
+    """What `measure_missing` would measure, in its order: on this machine, or on a --gpu; where
+    neither is told, whatever the GPU lacks that the exhibits show.
     """
     from cat_bench.paper import _build
 
-    device = None if gpu else this_device(scale)
-    device = None if device == store.UNKNOWN_DEVICE else device
     records, _, _ = _build.all_records(results)
+    device = None if this_device(scale) == store.UNKNOWN_DEVICE else this_device(scale)
+    if gpu:  # by its whole name in the runs, "NVIDIA H100 80GB HBM3"; one that none has lacks all
+        names_of_it = [name for name in records["device_name"].unique() if gpu in name]
+        device = names_of_it[0] if names_of_it else gpu
     return _order(_build.missing_cases(names, scale, records, device), is_chosen, repeats)
 
 
 def _order(
     missing: list[Case], is_chosen: Callable[[Case], bool], repeats: int | None
 ) -> list[Case]:
+    from cat_bench.suites import efficiency
+
+    efficiency.check_counts("--repeats", None if repeats is None else [repeats])
     cases = [case.with_repeats(repeats) for case in missing if is_chosen(case)]
     if missing and not cases:
         warn(f"none of the {plural(len(missing), 'missing case')} was asked for.")

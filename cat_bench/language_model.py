@@ -35,8 +35,8 @@ class ForwardPath(nn.Module):
     def on_forward_path(self, run: Callable) -> Callable:
         """`run`, a block or a function of one, or what torch.compile makes of it.
 
-        Blocks of one shape share one compilation, so depth costs no compile time. Every length of
-        the input is compiled anew: UserError where they become too many.
+        Blocks of one shape share one compilation, so depth costs no compile time. Every length, and
+        every mode of gradients or autocast, is compiled anew: UserError where they are too many.
         """
         if self.forward_path == "eager":
             return self.checkpointed(run)
@@ -69,10 +69,11 @@ def traced(compiled: Callable, memory_budget: float) -> Callable:
                 return compiled(*args, **options)
             except FailOnRecompileLimitHit as error:
                 raise UserError(
-                    f"the forward path 'compile' was given more than {dynamo.recompile_limit} "
-                    "shapes, each of which is compiled.",
-                    "Pad the tokens to few lengths, raise torch._dynamo.config.recompile_limit, or "
-                    "use --forward-path eager.",
+                    f"the forward path 'compile' was compiled {dynamo.recompile_limit} times in "
+                    "this process and would be once more: each length, model size, and mode of "
+                    "gradients or autocast is one.",
+                    "Pad the tokens to few lengths, call torch._dynamo.reset() between models, "
+                    "raise torch._dynamo.config.recompile_limit, or use --forward-path eager.",
                 ) from error
 
     return run

@@ -5,6 +5,7 @@ Everything here is a pure function of measured rows; a note is one line.
 
 import math
 from collections.abc import Collection
+from numbers import Real
 
 import pandas as pd
 
@@ -55,22 +56,23 @@ def configurations(rows: pd.DataFrame, half_window: Collection[str] = ()) -> tup
     found: dict[tuple[str, str], dict[str, None]] = {}
     layers: dict[int, dict[str, None]] = {}
     for _, row in rows.sort_values("seq_len", kind="stable").iterrows():
+        name = row["arch"].partition(":")[0]  # a user's Config may mean something else by a field
         for field, word in PATTERN_FIELDS.items():
             size = row.get(f"config.{field}")
-            if field == "num_heads" and pd.isna(size):
+            if name == "gated_deltanet" and field == "num_heads" and pd.isna(size):
                 size = _heads_by_rule(row)
             unused = field == "window" and row.get("config.hybrid") in (False,)  # GDN; numpy's, too
-            if pd.notna(size) and not unused:
-                size = size if isinstance(size, str) else f"{size:.0f}"
-                found.setdefault((row["label"], word), {})[size] = None
+            if isinstance(size, Real | str) and size == size and not unused:
+                size = size if isinstance(size, str) else f"{size:g}"
+                says = PATTERN_LETTERS if (name, word) == ("based", "pattern") else ""
+                found.setdefault((row["label"], word), {})[size + says] = None
         pattern, count = row.get("config.pattern"), row.get("config.num_layers")
-        count = len(pattern) if isinstance(pattern, str) else count
-        if pd.notna(count):
+        count = len(pattern) if name == "based" and isinstance(pattern, str) else count
+        if isinstance(count, Real) and count == count:
             layers.setdefault(int(count), {})[row["label"]] = None
     by_label: dict[str, list[str]] = {}
     for (label, word), sizes in found.items():
         says = " (half the length)" if word == "window" and label in half_window else ""
-        says = PATTERN_LETTERS if word == "pattern" else says
         by_label.setdefault(label, []).append(f"{word} {', '.join(sizes)}{says}")
     alike: dict[str, list[str]] = {}  # what is told -> the labels of which it is
     for label, each in by_label.items():

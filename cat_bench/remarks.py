@@ -25,7 +25,7 @@ class Remark:
 
 
 def read(run: store.Run) -> tuple[Remark, ...]:
-    """None where the folder has no such file. Raises UserError on a file of another form."""
+    """() where the folder has no such file. Raises UserError on a file of another form."""
     path = run.path / "remarks.json"
     if not path.exists():
         return ()
@@ -52,11 +52,12 @@ def _remark(entry: Any, known: dict[str, set[str]]) -> Remark:
     if not isinstance(entry, dict) or entry.keys() != set(FIELDS):
         raise ValueError(f"got {entry!r}, expected an object of {', '.join(FIELDS)}")
     text = entry["text"]
-    if not isinstance(text, str) or not text.strip() or "\n" in text:
+    if not isinstance(text, str) or len(text.splitlines()) != 1:
         raise ValueError(f"got text {text!r}, expected one line")
     for field, names in known.items():
         given = entry[field]
-        if not isinstance(given, list) or not given:
+        is_list = isinstance(given, list) and all(isinstance(name, str) for name in given)
+        if not is_list or not given:
             raise ValueError(f"got {field} {given!r}, expected a list of names")
         unknown = [name for name in given if name not in names]
         if unknown:

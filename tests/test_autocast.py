@@ -12,7 +12,7 @@ SUBJECTS = [contract.subjects_of(info.name)[0] for info in spec.architectures()]
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.label)
 def test_prefill_and_steps_run_under_autocast(subject: Subject) -> None:
-    """What lies in the state keeps its dtype; the logits are those of float32, rounded."""
+    """The logits are those of float32, rounded."""
     model, tokens = subject.model("float32", std=0.05), subject.tokens(2)
     with torch.inference_mode():
         expected = model.forward(tokens)[:, -1]

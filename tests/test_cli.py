@@ -685,7 +685,8 @@ def test_paper_dry_run_prints_what_run_would_measure(
     assert [row["key"] for row in predicted] == list(measured) and len(predicted) >= 4
     table = cat_bench(*asked, "--dry-run", "--gpu", "H100").out
     assert "CAT-8" in table and table.endswith("Nothing was run.\n")
-    assert "no case is missing" in cat_bench("paper", "fig4", "--dry-run").out
+    assert "plan: no case." in cat_bench("paper", "fig4", "--dry-run").out
+    refused(cat_bench(*asked, "--dry-run", "--repeats", "0"), "--repeats")
     refused(cat_bench("paper", "--dry-run"), "--dry-run needs an exhibit")
     refused(cat_bench("paper", "fig2", "--gpu", "H100"), "--gpu only predicts")
 

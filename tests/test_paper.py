@@ -157,6 +157,15 @@ def test_notes_tell_heads_patterns_strides_windows_and_layers(tmp_path) -> None:
     assert "GDN-H1: window of half the length." in caption_of(content)
 
 
+def test_notes_read_no_meaning_into_the_fields_of_a_users_file(tmp_path) -> None:
+    """No heads by GDN's rule, no letters of BASED's, no layers out of a pattern's length."""
+    cases = [replace(case, arch="mine.py") for case in plan("fig3")[:1]]
+    config = {"pattern": ["a", "b"], "stride": 0.5, "num_layers": 3, "width": 64, "key_width": 8}
+    resolved = {cases[0].key: {"label": "Mine", "config": config}}
+    notes = tables.run_table(measure(tmp_path, cases, resolved=resolved)).notes
+    assert "Settings: Mine stride 0.5; layers 3." in notes
+
+
 def test_exhibits_share_cases_by_key() -> None:
     keys = {name: {c.key for c in plan(name)} for name in ("fig2", "fig3", "fig5", "table3")}
     assert keys["fig5"] < keys["fig2"] and keys["table3"] < keys["fig2"]

@@ -162,7 +162,9 @@ def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> Non
         ({"architectures": ["CAT-80"]}, r"CAT-80.*it has .*CAT-8"),
         ({"metrics": ["peak"]}, "peak.*peak_reserved_bytes"),
         ({"metrics": []}, "expected a list of names"),
+        ({"metrics": [["latency_s"]]}, "expected a list of names"),
         ({"text": "two\nlines"}, "expected one line"),
+        ({"text": "two\rlines"}, "expected one line"),
         ({"author": "me"}, "expected an object of text, architectures, metrics"),
     ):
         path.write_text(json.dumps([remark | wrong]))

@@ -95,7 +95,7 @@ def caption(
     parts += [f"{label}: window of half the length." for label in sorted(labels & HALF_WINDOW)]
     absent = _settings.missing(names, scale)
     if absent:
-        parts.append(f"Not built yet: {', '.join(absent)}.")
+        parts.append(f"Not timed: {', '.join(absent)}.")
     parts += also
     return "\n".join([f"{title}.", " ".join(parts)])
 
@@ -156,7 +156,7 @@ def ratio_table(
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names, scale)
     if absent:
-        notes.append(f"Not built yet: {', '.join(absent)}.")
+        notes.append(f"Not timed: {', '.join(absent)}.")
     return replace(made, title=title, heading=heading(rows), notes=tuple(notes))
 
 

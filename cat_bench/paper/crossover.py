@@ -196,7 +196,7 @@ def _winners(
     ]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)
-    notes += [f"Not built yet: {', '.join(absent)}."] if absent else []
+    notes += [f"Not timed: {', '.join(absent)}."] if absent else []
     shown = pd.DataFrame(text), pd.DataFrame(values)
     return tables.Table(shown[1], shown[0], _curves.heading(rows), tuple(notes), title=TITLE)
 

@@ -33,7 +33,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     notes = [f"SWDE, ours: not built (needs suites: {', '.join(SUITES[1:])})."]
     absent = _settings.missing(ARCHITECTURES, scale)
     if absent:
-        notes.append(f"Not built yet: {', '.join(absent)}.")
+        notes.append(f"Not timed: {', '.join(absent)}.")
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     if len(rows) and scale != "smoke":

@@ -109,7 +109,7 @@ def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table
     notes += [LAUNCHES] if "cuda" in set(rows["device"]) else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)
-    notes += [f"Not built yet: {', '.join(absent)}."] if absent else []
+    notes += [f"Not timed: {', '.join(absent)}."] if absent else []
     return replace(made, title=TITLE, heading=_curves.heading(rows), notes=tuple(notes))
 
 
