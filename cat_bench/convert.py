@@ -34,12 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = dict[str, "Tensor"]
-FLOATS = (
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-)  # float8 has scales beside it, which are lost
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # float8's scales, beside it, would be lost
 INDEX = "model.safetensors.index.json"  # of weights in several files: {"weight_map": {name: file}}
 
 

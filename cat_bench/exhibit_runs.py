@@ -104,7 +104,8 @@ def missing(
     from cat_bench.paper import _build
 
     records, _, _ = _build.all_records(results)
-    device = None if this_device(scale) == store.UNKNOWN_DEVICE else this_device(scale)
+    device: str | None = this_device(scale)
+    device = None if device == store.UNKNOWN_DEVICE else device
     if gpu:  # by its whole name in the runs, "NVIDIA H100 80GB HBM3"; one that none has lacks all
         names_of_it = [name for name in records["device_name"].unique() if gpu in name]
         device = names_of_it[0] if names_of_it else gpu

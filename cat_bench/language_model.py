@@ -60,11 +60,12 @@ def traced(compiled: Callable, memory_budget: float) -> Callable:
     from torch._dynamo import config as dynamo
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
+    # Made once: this runs for every block of every step.
+    budget = functorch.patch(activation_memory_budget=memory_budget)
+    no_silence = dynamo.patch(fail_on_recompile_limit_hit=True)
+
     def run(*args: Any, **options: Any) -> Any:
-        with (
-            functorch.patch(activation_memory_budget=memory_budget),
-            dynamo.patch(fail_on_recompile_limit_hit=True),
-        ):
+        with budget, no_silence:
             try:
                 return compiled(*args, **options)
             except FailOnRecompileLimitHit as error:
