@@ -16,8 +16,8 @@ from cat_bench import stats, store
 from cat_bench.columns import Column, digits, faster, percent, whole
 from cat_bench.errors import UserError
 from cat_bench.measurements import frame, latency_samples, measured
-from cat_bench.notes import name_of
-from cat_bench.tables import Table, dense_first, table
+from cat_bench.notes import name_of, remarks
+from cat_bench.tables import Table, dense_first, distinct_labels, table
 
 
 def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = False) -> Table:
@@ -26,7 +26,7 @@ def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = Fa
     + worse, - better, ~ within noise, ! newly failing, x not comparable. Raises UserError where the
     runs come from different GPUs, unless ratios to Dense are asked for.
     """
-    rows_a, rows_b = (measured(frame([run])) for run in (run_a, run_b))
+    rows_a, rows_b = (distinct_labels(measured(frame([run]))) for run in (run_a, run_b))
     devices = [_device(rows) for rows in (rows_a, rows_b)]
     if devices[0] != devices[1] and not across_machines:
         raise UserError(
@@ -44,7 +44,12 @@ def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = Fa
     return replace(
         table(rows, COMPARE_COLUMNS) if lines else Table(rows, pd.DataFrame()),
         heading=heading,
-        notes=(_verdict(rows, num_worse, num_alone), *_compare_notes(rows, across_machines)),
+        notes=(
+            _verdict(rows, num_worse, num_alone),
+            *_compare_notes(across_machines),
+            *remarks(rows_a),
+            *remarks(rows_b),
+        ),
         num_worse=num_worse,
     )
 
@@ -125,7 +130,7 @@ def _verdict(rows: pd.DataFrame, num_worse: int, num_alone: int) -> str:
     return f"{num_worse} of {num_both} comparable cases got worse.{alone}"
 
 
-def _compare_notes(rows: pd.DataFrame, across_machines: bool) -> tuple[str, ...]:
+def _compare_notes(across_machines: bool) -> tuple[str, ...]:
     marks = "+ worse, - better, ~ within noise, ! newly failing, x not comparable."
     rule = (
         f"A change counts beyond {percent(stats.MARGIN)} and where the samples tell the runs apart."

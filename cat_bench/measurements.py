@@ -62,7 +62,7 @@ def _remarks(records: pd.DataFrame, runs: Sequence[store.Run]) -> list[tuple[rem
 
 
 def is_marked(row: pd.Series, metric: str) -> bool:
-    """Whether a remark is about this value: then it takes part in no crossing point."""
+    """Whether a remark is about this value: then it takes part in no crossing and no ranking."""
     stored = DERIVED_FROM.get(metric, (metric,))
     return any({*stored} & {*remark.metrics} for remark in row.get("remarks", ()))
 

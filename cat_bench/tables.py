@@ -61,7 +61,7 @@ def run_table(run: store.Run) -> Table:
 
 def records_table(records: pd.DataFrame) -> Table:
     """The table of the suite, where all rows are of one of KINDS; else one column per metric."""
-    rows = _distinct_labels(measured(records))
+    rows = distinct_labels(measured(records))
     if rows.empty:
         return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
     upstream = rows["suite"] == "upstream"
@@ -98,7 +98,7 @@ def records_table(records: pd.DataFrame) -> Table:
     )
 
 
-def _distinct_labels(rows: pd.DataFrame) -> pd.DataFrame:
+def distinct_labels(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` in which no label means several specs at one shape: what they differ in is appended.
 
     A user's own `label` need not tell every setting, as architecture.full_label does.
@@ -148,7 +148,7 @@ def details_table(records: pd.DataFrame) -> Table | None:
     Steps come from one instrumented generation; a boundary step of CAT closes a chunk (compress,
     write the slot), all its others are inner steps.
     """
-    return details_of(_distinct_labels(measured(records)))
+    return details_of(distinct_labels(measured(records)))
 
 
 def details_of(rows: pd.DataFrame) -> Table | None:
@@ -169,7 +169,7 @@ def _has_generated(rows: pd.DataFrame) -> bool:
 
 def full_table(records: pd.DataFrame) -> Table:
     """Both tables in one, with run, scale and device: JSON and CSV have no page to fit."""
-    rows, made = _distinct_labels(measured(records)), records_table(records)
+    rows, made = distinct_labels(measured(records)), records_table(records)
     if rows.empty or "latency_s" not in rows:
         return made
     rows = dense_first(rows)

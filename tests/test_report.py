@@ -406,6 +406,15 @@ def test_three_repeats_give_no_verdict(tmp_path) -> None:
     assert made.text["remark"][0] == "3 repeats cannot separate these"
 
 
+def test_compare_says_the_remarks_of_both_runs(tmp_path) -> None:
+    runs = [make_run(tmp_path, name) for name in ("a", "b")]
+    for run in runs:
+        remark = {"text": f"Of {run.name}.", "architectures": ["Dense"], "metrics": ["latency_s"]}
+        (run.path / "remarks.json").write_text(json.dumps([remark]))
+    notes = compare_table(*runs).notes
+    assert [f"Remark on {run.name}: Of {run.name}." for run in runs] == list(notes[-2:])
+
+
 def test_newly_failing_and_missing_cases(tmp_path) -> None:
     a = make_run(tmp_path, "a")
     rows = [

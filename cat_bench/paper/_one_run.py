@@ -82,12 +82,13 @@ class Best(NamedTuple):
 def best(rows: pd.DataFrame, metric: str) -> list[Best]:
     """Per setting, in the newest run that has every architecture which any run has there.
 
-    Without such a run nobody is known to be best: the setting is left out.
+    Without such a run nobody is known to be best: the setting is left out. A value that a remark
+    is about counts as not measured.
     """
     found = []
     ok = rows[(rows["status"] == "ok") & rows[metric].notna()] if metric in rows else rows.iloc[:0]
     for setting, part in ok.groupby(SETTING):
-        by_run = dict(list(part.groupby("run")))
+        by_run = dict(list(_unmarked(part, metric).groupby("run")))
         everyone = set(part["label"])
         whole = [name for name, rows_of in by_run.items() if set(rows_of["label"]) == everyone]
         if not whole:
@@ -100,6 +101,11 @@ def best(rows: pd.DataFrame, metric: str) -> list[Best]:
             names = first["label"], first[metric], second["label"]
             found.append(Best(*map(int, setting), run, *names, margin, len(ranked)))
     return found
+
+
+def _unmarked(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Without the values that a remark of their run is about."""
+    return rows.loc[[index for index, row in rows.iterrows() if not is_marked(row, metric)]]
 
 
 def crossing(
@@ -136,7 +142,7 @@ def _gaps(
     if metric not in rows:
         return {}
     ok = rows[(rows["status"] == "ok") & rows[metric].notna()]
-    ok = ok.loc[[index for index, row in ok.iterrows() if not is_marked(row, metric)]]
+    ok = _unmarked(ok, metric)
     ours, theirs = (
         {(row["run"], row[x]): row[metric] for _, row in ok[ok["label"] == label].iterrows()}
         for label in (subject, reference)
