@@ -82,6 +82,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     decode_path: str | None = None  # default: each architecture's fastest on cuda, eager on cpu
     forward_path: str | None = None  # default: the suite's rule; eager where nothing is trained
+    step_path: str | None = None  # suite training; default: by the forward path
     activation_checkpointing: bool = False  # suite training
     repeats: int | None = None  # default: by the rule of profiler.py
     match: str | None = None  # "params", "state", "flops", "latency": match all to the first spec

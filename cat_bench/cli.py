@@ -148,6 +148,9 @@ def run(
     seed: Annotated[str, typer.Option(help="0,1,2")] = "0",
     decode_path: Annotated[str | None, typer.Option(help="eager, cuda_graph, ...")] = None,
     forward_path: Annotated[str | None, typer.Option(help="eager, compile, ...")] = None,
+    step_path: Annotated[
+        str | None, typer.Option(help="Suite training: eager, cuda_graph.")
+    ] = None,
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Suite training: less memory.")
     ] = False,
@@ -192,6 +195,7 @@ def run(
         seeds=planning.counts("--seed", seed) or (0,),
         decode_path=decode_path,
         forward_path=forward_path,
+        step_path=step_path,
         activation_checkpointing=activation_checkpointing,
         repeats=repeats,
         match=match,

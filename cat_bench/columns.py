@@ -145,11 +145,12 @@ TRAINING_COLUMNS = (
     Column("vs Dense-2D", ("speedup_2d", "speedup_2d_low", "speedup_2d_high"), faster),
     Column("n", ("n",), whole),
     Column("first step s", ("compile_s",), digits),
+    Column("capture s", ("capture_s",), digits),
     EFFICIENCY_COLUMNS[-1],
 )
 TRAINING_DEFINITIONS = (
     "step = forward, loss, backward, clipping, AdamW; tok/s = batch x length / step; n = repeats. "
-    "first step = with all compiling.",
+    "first step = with all compiling; capture = of its CUDA graphs, outside of every step.",
     "peak = max reserved by the allocator in a step (CPU: resident set, with the interpreter).",
     "TFLOP = useful ones of a step: 3 x the forward pass by formula. MFU = over the datasheet's "
     "bfloat16 rate; % of matmul = over the matmul rate measured in the same process.",

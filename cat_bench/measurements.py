@@ -15,7 +15,8 @@ import pandas as pd
 from cat_bench import remarks, stats, store
 from cat_bench.environment import machine_line
 
-SETTINGS = ("autocast", "checkpoint")  # of Case.settings: those that make another measurement
+# Of Case.settings: those that make another measurement.
+SETTINGS = ("autocast", "checkpoint", "step")
 SAME_SETTING = [
     *("suite", "scale", "device_name", "dtype", "prompt_len", "batch_size", "seq_len"),
     *SETTINGS,

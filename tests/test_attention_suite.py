@@ -89,6 +89,7 @@ def test_unknown_attention_and_counts_are_refused() -> None:
         ("--new-tokens", {"new_tokens": 8}),
         ("--decode-path", {"decode_path": "eager"}),
         ("--forward-path", {"forward_path": "eager"}),
+        ("--step-path", {"step_path": "eager"}),
         ("--activation-checkpointing", {"activation_checkpointing": True}),
         ("--match", {"match": "params"}),
         ("--reference-every", {"reference_every": 4}),

@@ -385,6 +385,8 @@ def test_a_plan_of_prompts_and_of_training(cat_bench: Cli):
         "4097",
     ]
     lines = cat_bench("run", "training", *arguments).out.splitlines()
+    assert "forward compile, autocast bfloat16, step cuda_graph, seed 0" in lines[0]
+    lines = cat_bench("run", "training", *arguments, "--step-path", "eager").out.splitlines()
     assert "forward compile, autocast bfloat16, seed 0" in lines[0]
     assert "gradients + Adam GiB" in lines[1]
 

@@ -10,7 +10,7 @@ import torch
 from clipping import check_clipping
 from torch import nn
 
-from cat_bench import compare, measurements, predict, spec, store, tables
+from cat_bench import compare, measurements, predict, spec, store, tables, train_graph
 from cat_bench.architecture import build, generation_flops
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
@@ -36,8 +36,27 @@ def test_defaults_follow_the_device() -> None:
     on_cuda = plan([parse("dense")], Options(device="cuda"))
     assert {(c.batch_size, c.seq_len) for c in on_cuda} == {(16, 1024), (4, 4096)}
     assert {(c.dtype, c.decode_path, c.forward_path, c.settings) for c in on_cuda} == {
-        ("float32", "eager", "compile", (("autocast", "bfloat16"),))
+        ("float32", "eager", "compile", (("autocast", "bfloat16"), ("step", "cuda_graph")))
     }
+
+
+@pytest.mark.parametrize(
+    ("arch", "asked", "step"),
+    [
+        ("dense", {}, "cuda_graph"),
+        ("mamba2", {}, "cuda_graph"),
+        ("dense", {"forward_path": "eager"}, None),  # the specification
+        ("dense", {"forward_path": "eager", "step_path": "cuda_graph"}, "cuda_graph"),
+        ("mamba2", {"step_path": "eager"}, None),
+        ("dense", {"device": "cpu"}, None),
+        ("dense", {"device": "cpu", "step_path": "eager"}, None),
+    ],
+)
+def test_a_step_is_captured_where_its_layers_are_fast(arch: str, asked: dict, step: str) -> None:
+    """A case without the setting is the case of the runs before it."""
+    options = Options(**{"device": "cuda", "seq_lens": (64,), **asked})
+    (case,) = plan([parse(arch)], options)
+    assert dict(case.settings).get("step") == step
 
 
 def test_the_plan_is_the_product_and_the_same_every_time() -> None:
@@ -83,6 +102,8 @@ def test_the_forward_path_is_the_first_that_the_source_names(tmp_path: Path) -> 
         (Options(prompt_lens=(8,)), "--prompt-len means nothing"),
         (Options(new_tokens=1), "--new-tokens means nothing"),
         (Options(decode_path="eager"), "--decode-path means nothing"),
+        (Options(step_path="graph"), "--step-path 'graph' is unknown"),
+        (Options(step_path="cuda_graph"), "--step-path cuda_graph needs a CUDA GPU, got"),
         (Options(match="latency"), "--match latency matches decoding"),
         (Options(match="state"), "--match state matches decoding"),
         (Options(batch_sizes=(0,)), "--batch-size 0 is impossible"),
@@ -266,6 +287,77 @@ def test_activation_checkpointing_is_the_architectures_to_offer() -> None:
     assert model.checkpoint_blocks is True and model.num_checkpointed > 0
 
 
+class Recorded:
+    """In place of a CUDA graph: replaying it runs the part."""
+
+    def __init__(self, part, before=lambda: None):
+        self.part, self.before = part, before
+
+    def replay(self) -> None:
+        self.before()
+        self.part()
+
+
+def test_a_captured_step_has_the_rows_of_a_launched_one_and_goes_on_training(monkeypatch) -> None:
+    """Without a GPU, on recorded parts: what is called when, not what a graph does."""
+    model, known = build(parse(DENSE)), build(parse(DENSE))
+    known.load_state_dict(model.state_dict())
+    calls = []
+
+    def captured(step, parts) -> list[Recorded]:
+        calls.append([*parts])
+        for _ in range(train_graph.WARMUPS):
+            step()
+        assert all(p.grad is None for p in model.parameters())
+        forward, backward, update = parts.values()
+        # a graph does not add to gradients, but writes them anew
+        return [Recorded(forward), Recorded(backward, model.zero_grad), Recorded(update)]
+
+    monkeypatch.setattr(train_graph, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [])
+    launched = measured(tiny_case(DENSE))
+    case = tiny_case(DENSE, settings=(("step", "cuda_graph"),))
+    rows = measured(case, model)
+    assert calls == [[*training.PARTS]]
+    assert set(rows) == set(launched) | {"capture_s", "graph_pool_bytes"}
+    for name in ("gradients_bytes", "optimizer_bytes"):
+        assert rows[name].value == launched[name].value
+    # from Python 1 + 1, on the way 3, replayed 1 + 3, by parts 3, with gradients 1
+    step, losses = training.Step(tiny_case(DENSE), known), []
+    for _ in range(13):
+        step()
+        losses.append(float(step.loss))
+    assert rows["loss"].value == pytest.approx(losses[-1], rel=1e-5) != losses[-2]
+
+
+def broken(*messages: str) -> RuntimeError:
+    """Errors that were raised one while the other was handled; the last one is what is seen."""
+    error = None
+    for message in messages:
+        error, before = RuntimeError(message), error
+        error.__context__ = before
+    return error
+
+
+def test_a_part_that_cannot_be_captured_is_one_sentence() -> None:
+    first = "CUDA error: operation not permitted when stream is capturing\nSearch for it"
+    with pytest.raises(UserError) as refused:
+        train_graph.explain(broken(first, "CUDA error: capture failed"), "backward")
+    assert refused.value.message == (
+        "the backward part of this training step cannot be captured as a CUDA graph: "
+        "CUDA error: operation not permitted when stream is capturing"
+    )
+    assert "--step-path eager" in refused.value.hint
+
+
+def test_other_errors_of_a_capture_stay_what_they_are() -> None:
+    memory = broken("operation failed due to a previous error during capture")
+    memory.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        train_graph.explain(memory, "forward")
+    train_graph.explain(broken("CUDA error: out of memory"), "forward")  # the caller raises it
+
+
 def test_a_loss_that_is_no_number_fails_the_case() -> None:
     model = build(parse(DENSE))
     with torch.no_grad():
@@ -438,3 +530,53 @@ def test_the_exhibit_puts_the_claims_beside_the_ratios(tmp_path: Path, monkeypat
     assert (cat["paper"], cat["paper (memory)"]) == ("<= 2x", "<= 2x")
     assert text.loc["4096", "CAT-8"]["paper"] == "<= 1.5x"
     assert text.loc["4096", "Dense"]["paper"] == "-"
+
+
+def exhibit_of(results: Path) -> tuple[_build.Found, tables.Table]:
+    planned = exhibit.plan("h100")
+    found = _build.find(_build.all_records(results)[0], planned, earlier=exhibit.earlier)
+    (table,) = exhibit.render(found.records, (), "h100").tables
+    return found, table
+
+
+def test_rows_of_steps_launched_from_python_stand_in_and_are_said(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Until the captured step is measured: then it is the one shown, and no ratio mixes the two."""
+    monkeypatch.setattr(exhibit, "TRAINED", ("dense", "dense-2d", "cat-8"))
+    planned = exhibit.plan("h100")
+    made_up(tmp_path, [exhibit.earlier(case) for case in planned])
+    found, table = exhibit_of(tmp_path)
+    assert len(found.stand_ins) == len(table.text) == 6
+    said = [note for note in table.notes if note.startswith("Step launched from Python")]
+    assert len(said) == 1 and said[0].endswith("all rows.")
+    assert not any(note.startswith("Not measured") for note in table.notes)
+    records, _, _ = _build.all_records(tmp_path)
+    assert _build.missing_cases(["training"], "h100", records) == planned  # --run measures them
+    assert set(table.text["time / Dense"]) == {"1.00x", "2.00x", "3.00x"}
+
+    dense = [case for case in planned if case.arch == "dense"]
+    made_up(tmp_path, dense, factor=0.5)
+    found, table = exhibit_of(tmp_path)
+    assert len(found.stand_ins) == 4 and len(table.text) == 6
+    text = table.text.set_index(["length", "architecture"])
+    assert text.loc["1024", "Dense"]["step s [95 % CI]"].startswith("0.500")
+    assert text.loc["1024", "CAT-8"]["time / Dense"] == "3.00x"  # of its own run
+    (said,) = [note for note in table.notes if note.startswith("Step launched from Python")]
+    assert "CAT-8 (length 1024, 4096)" in said and "Dense (" not in said
+    assert said.endswith("No ratio is taken between the two.")
+
+    made_up(tmp_path, planned, factor=0.5)
+    found, table = exhibit_of(tmp_path)
+    assert not found.stand_ins and not any("from Python" in note for note in table.notes)
+    assert table.heading.endswith("bfloat16 autocast. Steps are CUDA graphs.")
+    made_up(tmp_path, [exhibit.earlier(case) for case in planned])  # a later run of the old kind
+    found, _ = exhibit_of(tmp_path)
+    assert not found.stand_ins
+
+
+def test_the_status_of_an_exhibit_says_what_stands_in(tmp_path: Path) -> None:
+    made_up(tmp_path, [exhibit.earlier(c) for c in exhibit.plan("h100") if c.arch == "dense"])
+    (status,) = [s for s in _build.statuses(tmp_path, "h100") if s.name == "training"]
+    assert status.status.startswith("partial 2/")
+    assert "2 of an earlier plan, to be measured anew" in status.detail

@@ -51,6 +51,7 @@ class Found:
     device: str | None  # None: no case is closed
     others: tuple[str, ...]  # devices that have cases too, but fewer
     statuses: dict[str, str]  # case key -> status of its closing row
+    stand_ins: frozenset[str] = frozenset()  # keys of which an earlier case is shown
 
     @property
     def num_closed(self) -> int:
@@ -68,7 +69,7 @@ def statuses(results: Path, scale: str, warn: Callable[[str], None] | None = Non
     for text in skipped if warn else ():
         warn(text)
     return [
-        _status(name, find(records, exhibit(name).plan(scale)), index.get(name), scale)
+        _status(name, _found(name, scale, records), index.get(name), scale)
         for name, _ in spec.exhibits()
     ]
 
@@ -96,10 +97,9 @@ def build(
     made: list[Status] = []
     index = _index(results, scale)
     for name in names:
-        planned = exhibit(name).plan(scale)
-        found = find(records, planned, device)
+        found = _found(name, scale, records, device)
         if found.device is None:
-            found = find(records, planned)
+            found = _found(name, scale, records)
         drawn[name] = exhibit(name).render(found.records, points_of(name), scale)
         files += write(drawn[name], folder, name)
         index[name] = sorted({case.key for case in found.planned})
@@ -147,21 +147,37 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
     return measurements.frame(runs), runs, tuple(skipped)
 
 
-def find(records: pd.DataFrame, planned: list[Case], device: str | None = None) -> Found:
+def _found(name: str, scale: str, records: pd.DataFrame, device: str | None = None) -> Found:
+    """What an exhibit draws. It may export `earlier`, the case as its plan had it before: shown,
+    and told apart, until the one of today is measured.
+    """
+    module = exhibit(name)
+    return find(records, module.plan(scale), device, getattr(module, "earlier", None))
+
+
+def find(
+    records: pd.DataFrame,
+    planned: list[Case],
+    device: str | None = None,
+    earlier: Callable[[Case], Case] | None = None,
+) -> Found:
     """The closed rows of `planned`, per case of the last run that closed it, all from one device:
     the given one, or that with most cases.
 
     All other closed rows of that device come along with "chosen" False: a ratio to Dense is taken
     inside one run, also where a later run has another Dense. A case is the same with any number of
-    repeats: every table prints n.
+    repeats: every table prints n. `earlier(case)` stands in for a case that no run has closed.
     """
     asked = {_repeats(settings) for settings in records.drop_duplicates("case")["settings"]}
-    keys = {case.with_repeats(n).key: case.key for case in planned for n in {None, *asked}}
+    pairs = [(case.with_repeats(n), case.key) for case in planned for n in {None, *asked}]
+    own = {case.key: key for case, key in pairs}
+    keys = {earlier(case).key: key for case, key in pairs} | own if earlier else own
     records = records[records["case"].isin(keys)]
-    records = records.assign(case=records["case"].map(keys))
+    is_own = records["case"].isin(own)
+    records = records.assign(case=records["case"].map(keys), is_own=is_own)
     closing = records[records["metric"] == store.CLOSING]
     closing = closing.assign(number=closing["run"].map(_run_number))
-    newest = closing.sort_values("number", kind="stable").drop_duplicates(
+    newest = closing.sort_values(["is_own", "number"], kind="stable").drop_duplicates(
         ["case", "device_name"], keep="last"
     )
     counts = Counter(newest["device_name"])
@@ -176,7 +192,8 @@ def find(records: pd.DataFrame, planned: list[Case], device: str | None = None) 
     rows = rows.assign(chosen=pd.MultiIndex.from_frame(rows[["run", "case"]]).isin(pairs))
     by_case = dict(zip(chosen["case"], chosen["status"], strict=True))
     others = tuple(sorted(name for name in counts if name != device))
-    return Found(planned, rows, device, others, by_case)
+    stand_ins = frozenset(chosen["case"][~chosen["is_own"]])
+    return Found(planned, rows, device, others, by_case, stand_ins)
 
 
 def _repeats(settings: Sequence[Sequence[str]]) -> int | None:
@@ -235,6 +252,8 @@ def _status(name: str, found: Found, rendered: list[str] | None, scale: str) -> 
         details.append(f"cases of {', '.join(found.others)} left out")
     bad = Counter(status for status in found.statuses.values() if status != "ok")
     details += [f"{number} {status}" for status, number in bad.items()]
+    if found.stand_ins:
+        details.append(f"{len(found.stand_ins)} of an earlier plan, to be measured anew")
     return Status(name, module.TITLE, word, "; ".join(details))
 
 

@@ -42,6 +42,7 @@ TRAINED_SMOKE = ("dense", "cat-8")  # enough to prove the pipeline
 TOKENS_PER_STEP = 16_384
 SEQ_LENS = (1024, 4096)
 FAST_PATHS = ("compile", "upstream")  # the first that a model has, as in suites/training.py
+SETTINGS = (("autocast", "bfloat16"), ("step", "cuda_graph"))  # of every case on a GPU
 CLAIMS = ("training_time_ratio", "training_memory_ratio")
 
 
@@ -59,12 +60,18 @@ def plan(scale: str) -> list[Case]:
             device=chosen.device,
             forward_path=fast_path(name) or "eager" if on_gpu else "eager",
             scale=scale,
-            settings=(("autocast", "bfloat16"),) if on_gpu else (),
+            settings=SETTINGS if on_gpu else (),
         )
         for name in _names(scale)
         if not _lacks(name, scale)
         for seq_len in (SEQ_LENS if on_gpu else (chosen.seq_len,))
     ]
+
+
+def earlier(case: Case) -> Case:
+    """The case as the first runs have it: its step launched from Python."""
+    others = tuple(pair for pair in case.settings if pair[0] != "step")
+    return replace(case, settings=others)
 
 
 def fast_path(name: str) -> str | None:
@@ -100,12 +107,27 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         *whole_logits(rows),
         *failures(rows),
     ]
-    notes += [*foreign_dense(rows), *disturbances(rows), *bound_by_launches(rows)]
+    notes += [*_launched(rows), *foreign_dense(rows), *disturbances(rows), *bound_by_launches(rows)]
     notes += lacking(rows, plan(scale), names, scale, ["seq_len"])
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     return Content((replace(made, title=TITLE, heading=_heading(rows), notes=tuple(notes)),))
+
+
+def _launched(rows: pd.DataFrame) -> list[str]:
+    """Which rows of a GPU are of earlier runs, whose steps were no CUDA graphs."""
+    on_gpu = rows[rows["device"] == "cuda"]
+    old = on_gpu[on_gpu["step"] == ""]
+    if old.empty:
+        return []
+    cells: dict[str, list[str]] = {}
+    for row in old.itertuples():
+        cells.setdefault(row.label, []).append(str(row.seq_len))
+    whose = "; ".join(f"{label} (length {', '.join(each)})" for label, each in cells.items())
+    mixed = len(old) < len(on_gpu)
+    end = f"{whose}. No ratio is taken between the two" if mixed else "all rows"
+    return [f"Step launched from Python, not as CUDA graphs, so the host may bound it: {end}."]
 
 
 def _with_ratios(rows: pd.DataFrame, claims: dict[tuple[str, int], float]) -> pd.DataFrame:
@@ -165,7 +187,8 @@ def _heading(rows: pd.DataFrame) -> str:
     runs = sorted(set(rows["run"]))
     word = "runs" if len(runs) > 1 else "run"
     autocast = ", ".join(filter(None, dict.fromkeys(rows["autocast"]))) or "no"
-    return f"{machines}; {word} {', '.join(runs)}. {dtypes} weights, {autocast} autocast."
+    graphs = " Steps are CUDA graphs." if (rows["step"] == "cuda_graph").all() else ""
+    return f"{machines}; {word} {', '.join(runs)}. {dtypes} weights, {autocast} autocast.{graphs}"
 
 
 def _claims_alone(claims: dict[tuple[str, int], float]) -> tables.Table:

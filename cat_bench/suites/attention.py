@@ -104,6 +104,7 @@ def _check(specs: list[Spec], options: Options) -> None:
         ("--new-tokens", options.new_tokens),
         ("--decode-path", options.decode_path),
         ("--forward-path", options.forward_path),
+        ("--step-path", options.step_path),
         ("--activation-checkpointing", options.activation_checkpointing or None),
         ("--match", options.match),
         ("--reference-every", options.reference_every),

@@ -149,6 +149,11 @@ def _check(specs: list[Spec], options: Options) -> None:
         raise UserError(
             "--activation-checkpointing changes training only.", "Use it with `run training`."
         )
+    if options.step_path is not None:
+        raise UserError(
+            "--step-path says how a training step is launched.",
+            "Drop it (--decode-path is for decoding), or use it with `run training`.",
+        )
     if options.seq_lens is not None and options.new_tokens is not None:
         raise UserError(
             "--seq-len and --new-tokens both say how long a sequence becomes.",

@@ -8,9 +8,11 @@ The forward path of a case is the first that its architecture has of FORWARD_PAT
 for. The loss follows it: eager on the eager path, on a CPU and in float64, else the Triton kernel.
 
 Settings of a case: "autocast" ("bfloat16", or missing: none; the case's dtype is the weights'),
-"repeats", and "checkpoint" (activation checkpointing, which an architecture offers by an attribute
-`checkpoint_blocks` that its `hidden` follows; it counts what it wraps in `num_checkpointed`, as
-language_model.ForwardPath does). The case's prompt_len is 0: nothing is generated.
+"repeats", "step" ("cuda_graph": replayed as three graphs, see train_graph.py; missing: launched
+from Python), and "checkpoint" (activation checkpointing, which an architecture offers by an
+attribute `checkpoint_blocks` that its `hidden` follows; it counts what it wraps in
+`num_checkpointed`, as language_model.ForwardPath does). The case's prompt_len is 0: nothing is
+generated.
 
 Try it: cat-bench run training -a dense -a cat:chunk_size=8 --quick
 """
@@ -38,6 +40,8 @@ SEQ_LENS = {"cpu": (64,), "cuda": (1024, 4096)}
 BATCH_SIZE_CPU = 2
 AUTOCAST = {"cpu": "float32", "cuda": "bfloat16"}
 FORWARD_PATHS = {"cpu": ("eager",), "cuda": ("compile", "upstream", "eager")}
+STEP_PATHS = ("eager", "cuda_graph")  # how the kernels of a step are launched
+GRAPHED = ("compile", "upstream")  # forward paths whose step is captured where nobody asks
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 8e-4, (0.9, 0.95), 0.1, 1.0  # Appendix E.3
 PARTS = ("forward", "backward", "optimizer")
 WARMUPS, REPEATS = 3, 10  # steps; the first warm-up compiles
@@ -85,6 +89,11 @@ def default_forward_path(name: str, device: str) -> str:
     return next((path for path in FORWARD_PATHS[device] if path in known), "eager")
 
 
+def default_step_path(forward_path: str, device: str) -> str:
+    """The eager forward path is the specification: launched as it is written."""
+    return "cuda_graph" if device == "cuda" and forward_path in GRAPHED else "eager"
+
+
 def settings_of(autocast: str, **others: str) -> tuple[tuple[str, str], ...]:
     """The settings of a case: autocast where it is not off (float32, float64), and others."""
     chosen = others | ({"autocast": autocast} if autocast == "bfloat16" else {})
@@ -95,6 +104,9 @@ def _case(options: Options, one: Spec, batch_size: int, seq_len: int, seed: int)
     autocast = options.dtype or AUTOCAST[options.device]
     others = {} if options.repeats is None else {"repeats": str(options.repeats)}
     others |= {"checkpoint": "true"} if options.activation_checkpointing else {}
+    forward_path = options.forward_path or default_forward_path(one.name, options.device)
+    step_path = options.step_path or default_step_path(forward_path, options.device)
+    others |= {} if step_path == "eager" else {"step": step_path}
     return Case(
         suite="training",
         arch=one.text,
@@ -104,7 +116,7 @@ def _case(options: Options, one: Spec, batch_size: int, seq_len: int, seed: int)
         dtype="float64" if autocast == "float64" else "float32",
         device=options.device,
         seed=seed,
-        forward_path=options.forward_path or default_forward_path(one.name, options.device),
+        forward_path=forward_path,
         scale=options.scale,
         settings=settings_of(autocast, **others),
     )
@@ -123,6 +135,15 @@ def _check(specs: list[Spec], options: Options) -> None:
         raise UserError(
             f"--match {options.match} matches decoding, not training.",
             "Use --match params or flops.",
+        )
+    if options.step_path not in (None, *STEP_PATHS):
+        raise UserError(
+            f"--step-path '{options.step_path}' is unknown.", f"It is {' or '.join(STEP_PATHS)}."
+        )
+    if options.step_path == "cuda_graph" and options.device == "cpu":
+        raise UserError(
+            "--step-path cuda_graph needs a CUDA GPU, got device cpu.",
+            "Use --step-path eager, the only one of a CPU, or --device cuda.",
         )
     efficiency.check_options(specs, options)
 
@@ -150,7 +171,7 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
     try:
         timing = yield from _timed_rows(case, step)
     except torch.OutOfMemoryError:
-        yield from _memory_rows(case)
+        yield from _memory_rows(case, profiler.memory_counters(case.device))
         raise
     yield from _flops_rows(case, model, timing, ceiling)
 
@@ -180,7 +201,11 @@ def _check_checkpointing(case: Case, model: Any) -> None:
 
 
 class Step:
-    """Forward, loss, backward, clipping and AdamW on one batch of random tokens."""
+    """Forward, loss, backward, clipping and AdamW on one batch of random tokens.
+
+    Launched from Python; once `capture` was called, replayed as CUDA graphs. `loss` is that of the
+    last step, before its update.
+    """
 
     def __init__(self, case: Case, model: Any):
         import torch
@@ -191,9 +216,34 @@ class Step:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
+        self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, on_part: Callable[[], object] = lambda: None) -> None:
         """`on_part()` is called after the forward, the backward and the optimizer part."""
+        launched = (self._forward, self._backward, self._update_and_forget)
+        for part in [graph.replay for graph in self.graphs] or launched:
+            part()
+            on_part()
+
+    def capture(self) -> None:
+        """From now on a call replays graphs. Trains a few steps; UserError where it is impossible.
+
+        Gradients are not forgotten in a graph: the next replay writes them anew, where they lie.
+        """
+        from cat_bench.train_graph import captured
+
+        # Only said now: launched from Python such an optimizer warns. The fused kernel, whose step
+        # counters lie on the device, is the same.
+        self.optimizer.param_groups[0]["capturable"] = True
+        parts = (self._forward, self._backward, self._update)
+        self.graphs = captured(self, dict(zip(PARTS, parts, strict=True)))
+
+    def _forward(self) -> None:
+        """Leaves the loss with its graph of autograd.
+
+        Autocast keeps the weights that it has cast until this context ends, within one part: so a
+        replay casts the weights of its own time, as often as a step from Python does.
+        """
         import torch
 
         from cat_bench.loss import next_token_loss
@@ -201,15 +251,17 @@ class Step:
         inputs, targets = self.tokens[:, :-1], self.tokens[:, 1:]
         half = autocast_of(self.case) == "bfloat16"
         with torch.autocast(self.case.device, torch.bfloat16, enabled=half):
-            loss = next_token_loss(self.model, inputs, targets, self.implementation)
+            self.loss = next_token_loss(self.model, inputs, targets, self.implementation)
         _check_checkpointing(self.case, self.model)
-        on_part()
+
+    def _backward(self) -> None:
+        """Leaves the gradients, and the loss without what autograd held for it."""
+        loss, self.loss = self.loss, self.loss.detach()
         loss.backward()
-        on_part()
+
+    def _update_and_forget(self) -> None:
         self._update()
         self.optimizer.zero_grad()
-        on_part()
-        self.loss = loss.detach()  # before this update
 
     def _update(self) -> None:
         """clip_grad_norm_ and AdamW, whose one launch also does the clipping.
@@ -268,13 +320,24 @@ def _protocol(case: Case) -> tuple[int, int]:
 
 def _timed_rows(case: Case, step: Step) -> Generator[Record, None, "Timing"]:
     """Everything that trains; returns the timing of whole steps."""
+    import torch
+
     from cat_bench import profiler
 
     warmups, repeats = _protocol(case)
     meter = profiler.energy_meter(case.device)
-    timing = profiler.timed(lambda _: step(), case.device, warmups, repeats, meter)
+    is_captured = "step" in dict(case.settings)
+    launched = 1 if is_captured else repeats
+    timing = profiler.timed(lambda _: step(), case.device, warmups, launched, meter)
+    yield _row(case, "compile_s", timing.warmups[0].host_s, "s")  # the first step, with all tuning
+    memory = profiler.memory_counters(case.device)  # from Python: replays allocate nothing
+    if is_captured:
+        capture_s, _ = profiler.stopwatch(step.capture, case.device)
+        yield _row(case, "capture_s", capture_s, "s")
+        memory["graph_pool_bytes"] = profiler.graph_pool_bytes(torch.cuda.memory_snapshot())
+        timing = profiler.timed(lambda _: step(), case.device, warmups, repeats, meter)
     yield from _step_rows(case, timing)
-    yield from _memory_rows(case)
+    yield from _memory_rows(case, memory)
     yield from _part_rows(case, step, repeats)
     held: list[int] = []
     step(lambda: held.append(step.gradient_bytes))
@@ -289,7 +352,6 @@ def _timed_rows(case: Case, step: Step) -> Generator[Record, None, "Timing"]:
 
 def _step_rows(case: Case, timing: "Timing") -> Iterator[Record]:
     tokens = case.batch_size * case.seq_len
-    yield _row(case, "compile_s", timing.warmups[0].host_s, "s")  # the first step, with all tuning
     yield _sampled(case, "train_step_s", timing.latency_s, "s")
     yield _sampled(case, "host_latency_s", timing.host_latency_s, "s")
     yield _sampled(case, "tokens_per_s", [tokens / s for s in timing.latency_s], "tokens/s")
@@ -303,7 +365,8 @@ def _step_rows(case: Case, timing: "Timing") -> Iterator[Record]:
 def _part_rows(case: Case, step: Step, repeats: int) -> Iterator[Record]:
     """Forward with loss, backward, and optimizer with clipping: timed apart from the repeats.
 
-    On a GPU also how long Python takes to launch a step: close to the step, it is what bounds it.
+    On a GPU also how long Python takes to launch a step, or to replay its graphs: close to the
+    step, it is what bounds it.
     """
     from cat_bench.profiler import Marks, synchronize
 
@@ -323,11 +386,9 @@ def _part_rows(case: Case, step: Step, repeats: int) -> Iterator[Record]:
         yield _sampled(case, "launch_s", launches_s, "s")
 
 
-def _memory_rows(case: Case) -> Iterator[Record]:
-    """Peaks of the last step."""
-    from cat_bench.profiler import memory_counters
-
-    for name, num_bytes in memory_counters(case.device).items():
+def _memory_rows(case: Case, counters: dict[str, int]) -> Iterator[Record]:
+    """Peaks of the last step that was launched from Python."""
+    for name, num_bytes in counters.items():
         yield _row(case, name, num_bytes, "bytes")
 
 
