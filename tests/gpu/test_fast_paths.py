@@ -54,6 +54,8 @@ def pair(
     subject: Subject, path: str, dtype: str, kind: str = "decode"
 ) -> tuple[Architecture, Architecture]:
     """The eager and the fast model, with equal weights."""
+    if kind == "forward":  # the compiler takes few sizes of one block before it refuses
+        torch.compiler.reset()
     return tuple(
         subject.model(dtype, device="cuda", std=STD, **{f"{kind}_path": way})
         for way in ("eager", path)
