@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cat_bench import stats
+from cat_bench.case import Case
 from cat_bench.measurements import is_marked
 
 SETTING = ["batch_size", "seq_len", "prompt_len"]
@@ -42,6 +43,10 @@ def with_ratio(rows: pd.DataFrame, metric: str, reference: str, name: str) -> pd
             found.append(stats.ratio(_samples(other, metric), _samples(row, metric))[:3])
     names = [name, f"{name}_low", f"{name}_high"]
     return rows.assign(**pd.DataFrame(found, index=rows.index, columns=names))
+
+
+def setting_of(case: Case) -> tuple[int, int, int]:
+    return case.batch_size, case.seq_len, case.prompt_len
 
 
 def _setting(row: pd.Series) -> tuple:

@@ -79,8 +79,8 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     fastest = _one_run.best(everything, "tpot_s") if len(rows) else []
     smallest = _one_run.best(everything, "held_bytes") if len(rows) else []
     maps = [
-        _lines.Map("fastest per token", _map(fastest)),
-        _lines.Map("smallest weights and state", _map(smallest)),
+        _lines.Map("fastest per token", _map(fastest, scale)),
+        _lines.Map("smallest weights and state", _map(smallest, scale)),
     ]
     axis = figures.LENGTH.planned_by(at_lengths(scale))
     lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
@@ -128,19 +128,24 @@ def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str, also: Sequence
         f"{BATCH_SIZE} as the lines, all others whole generations from a prompt of 8 (Figures 2 "
         f"and 3); in each box the best and its margin to the second, of a run that has every "
         f"architecture measured there (else the box is empty); ~ = the interval of the margin "
-        f"holds 1, or the margin rounds to 1.00."
+        f"holds 1, or the margin rounds to 1.00; of 5 = so few of those planned there were "
+        f"compared."
     )
 
 
-def _map(found: Sequence[_one_run.Best]) -> list[_lines.Won]:
+def _map(found: Sequence[_one_run.Best], scale: str) -> list[_lines.Won]:
     """One per box: where a setting was measured in both ways, the longer prompt's, as the lines."""
     by_box = {
         (one.batch_size, one.seq_len): one for one in sorted(found, key=lambda b: b.prompt_len)
     }
-    return [
-        _lines.Won(*box, one.label, _times(one.margin.median) + ("" if one.is_clear else " ~"))
-        for box, one in by_box.items()
-    ]
+    return [_lines.Won(*box, one.label, _margin(one, scale)) for box, one in by_box.items()]
+
+
+def _margin(one: _one_run.Best, scale: str) -> str:
+    """ "1.42x", " ~" where it is none, and how many were compared where others are planned."""
+    planned = [case for case in plan(scale) if _one_run.setting_of(case) == one[:3]]
+    alone = f" of {one.num_compared}" if one.num_compared < len(planned) else ""
+    return _times(one.margin.median) + ("" if one.is_clear else " ~") + alone
 
 
 def _times(ratio: float) -> str:
