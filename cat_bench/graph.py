@@ -10,6 +10,7 @@ Shapes: b batch, h query heads, g key-value heads, e head width (64), s cache ro
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -190,6 +191,12 @@ def eps_of(norm: nn.RMSNorm) -> float:
     return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
 
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace (32 MiB) for every stream that it has run on."""
+    return torch.cuda.Stream(device)
+
+
 class CapturedStep:
     """A decoding step as one CUDA graph with two inputs: the tokens and the row to write.
 
@@ -213,14 +220,13 @@ class CapturedStep:
         self.run = run  # a graph does not own its inputs: what `run` closes over must stay alive
         self.graph = torch.cuda.CUDAGraph()
         with torch.no_grad():
-            side = torch.cuda.Stream()
+            side = capture_stream(device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels, makes cuBLAS choose; not captured
                 for _ in range(2):
                     run(self.token, self.row)
             torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.empty_cache()  # what `side` allocated, no other stream can use
-            with torch.cuda.graph(self.graph, pool=pool):
+            with torch.cuda.graph(self.graph, pool=pool, stream=side):
                 self.logits = run(self.token, self.row)
 
     def __call__(self, token: Tensor, row: int | Tensor) -> Tensor:

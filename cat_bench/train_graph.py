@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from cat_bench.errors import UserError
+from cat_bench.graph import capture_stream
 
 WARMUPS = 3  # PyTorch's notes on CUDA graphs
 
@@ -31,7 +32,7 @@ def captured(
     torch.cuda.empty_cache()  # what this stream has kept, no other one can use
     graphs = {name: torch.cuda.CUDAGraph() for name in parts}
     pool = torch.cuda.graph_pool_handle()
-    side = torch.cuda.Stream()
+    side = capture_stream(torch.device("cuda", torch.cuda.current_device()))
     side.wait_stream(torch.cuda.current_stream())
     # One stream for warm-ups and captures: the backward pass runs where its forward pass ran, and
     # cuBLAS has a workspace per stream, which must exist before it is captured.

@@ -16,6 +16,7 @@ from torch import Tensor
 from baselines import sparse
 from cat_bench import spec
 from cat_bench.architecture import Architecture
+from cat_bench.graph import CapturedStep
 
 pytestmark = pytest.mark.gpu
 
@@ -230,3 +231,17 @@ def test_long_prompts_of_strided_attention(stride: int) -> None:
 def test_triton_is_there() -> None:
     """Without it every test above is skipped, and a GPU run would prove nothing."""
     assert importlib.util.find_spec("triton") is not None
+
+
+def test_a_second_graph_needs_no_second_workspace_of_cublas() -> None:
+    device = torch.device("cuda", 0)
+    x, weight = (torch.ones(256, 256, device=device) for _ in range(2))
+
+    def capture() -> CapturedStep:
+        return CapturedStep(lambda token, row: x @ weight, 1, device)
+
+    first, before = capture(), torch.cuda.memory_allocated()
+    second = capture()
+    assert torch.cuda.memory_allocated() - before < 2**23  # a workspace has 32 MiB on an H100
+    for step in (first, second):
+        assert step(torch.zeros(1, device=device), 0).eq(256).all()
