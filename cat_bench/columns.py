@@ -149,8 +149,8 @@ TRAINING_COLUMNS = (
     EFFICIENCY_COLUMNS[-1],
 )
 TRAINING_DEFINITIONS = (
-    "step = forward, loss, backward, clipping, AdamW; tok/s = batch x length / step; n = repeats. "
-    "first step = with all compiling; capture = of its CUDA graphs, outside of every step.",
+    "step = forward, loss, backward, clipping, AdamW; tok/s = batch x length / step.",
+    "n = repeats. first step = with all compiling; capture (GPU) = of a step's CUDA graphs, once.",
     "peak = max reserved by the allocator in a step (CPU: resident set, with the interpreter).",
     "TFLOP = useful ones of a step: 3 x the forward pass by formula. MFU = over the datasheet's "
     "bfloat16 rate; % of matmul = over the matmul rate measured in the same process.",

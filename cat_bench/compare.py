@@ -16,6 +16,7 @@ from cat_bench import stats, store
 from cat_bench.columns import Column, digits, faster, percent, whole
 from cat_bench.errors import UserError
 from cat_bench.measurements import frame, latency_samples, measured
+from cat_bench.messages import plural
 from cat_bench.notes import name_of, remarks
 from cat_bench.tables import Table, dense_first, distinct_labels, table
 
@@ -45,7 +46,7 @@ def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = Fa
         table(rows, COMPARE_COLUMNS) if lines else Table(rows, pd.DataFrame()),
         heading=heading,
         notes=(
-            _verdict(rows, num_worse, num_alone),
+            _verdict(rows, num_worse, num_alone) + _other_step_path(pairs),
             *_compare_notes(across_machines),
             *remarks(rows_a),
             *remarks(rows_b),
@@ -128,6 +129,17 @@ def _verdict(rows: pd.DataFrame, num_worse: int, num_alone: int) -> str:
         return f"The two runs share no case.{alone}"
     num_both = int((rows["mark"] != "x").sum())
     return f"{num_worse} of {num_both} comparable cases got worse.{alone}"
+
+
+def _other_step_path(pairs: list[tuple]) -> str:
+    """Training steps launched from Python in one run and replayed in the other pair up with none."""
+    alone: list[dict[tuple, str]] = [{}, {}]
+    for pair in pairs:
+        for side, row in enumerate(pair):
+            if row is not None and pair[1 - side] is None:
+                alone[side][row["arch"], row["batch_size"], row["seq_len"]] = row["step"]
+    apart = sum(alone[1].get(cell, step) != step for cell, step in alone[0].items())
+    return f" {plural(apart, 'pair')} of them differ in --step-path." if apart else ""
 
 
 def _compare_notes(across_machines: bool) -> tuple[str, ...]:

@@ -153,13 +153,18 @@ def _unlike_paths(cases: list[Case]) -> list[str]:
     """
     archs: dict[tuple[str, str, bool], dict[str, None]] = defaultdict(dict)
     for case in cases:
-        if case.device == "cuda" and "reference" not in dict(case.settings):
-            for kind in ("decode", "forward"):
-                archs[case.suite, kind, getattr(case, f"{kind}_path") == "eager"][case.arch] = None
+        settings = dict(case.settings)
+        if case.device == "cuda" and "reference" not in settings:
+            paths = {"decode": case.decode_path, "forward": case.forward_path}
+            if case.suite == "training":
+                paths = {"step": settings.get("step", "eager")}
+            for kind, path in paths.items():
+                archs[case.suite, kind, path == "eager"][case.arch] = None
     return [
         f"{', '.join(slow)}: {kind} path eager, bound by launches, beside a fast one of "
-        f"{', '.join(archs[suite, kind, False])}: their ratios say little. Compare them with "
-        f"--{kind}-path eager."
+        f"{', '.join(archs[suite, kind, False])}: "
+        f"{'no ratio is taken' if kind == 'step' else 'their ratios say little'}. Compare them "
+        f"with --{kind}-path eager."
         for (suite, kind, is_eager), slow in list(archs.items())
         if is_eager and (suite, kind, False) in archs
     ]

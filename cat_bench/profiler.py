@@ -185,6 +185,23 @@ def synchronize(device: str) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
+# How libraries below torch word the lack of memory, as plain RuntimeErrors.
+OUT_OF_MEMORY_TEXTS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(problem) for text in OUT_OF_MEMORY_TEXTS)
+
+
 def reset_peaks(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -73,7 +73,7 @@ def records_table(records: pd.DataFrame) -> Table:
     if timed and "latency_s" not in rows:  # nothing went well: statuses still need a column
         rows["latency_s"] = math.nan
     columns, definitions = OTHER_COLUMNS + _metric_columns(records), ()
-    by = ["batch_size", "seq_len"]
+    by = ["batch_size", "seq_len", *SETTINGS]
     if suites == {"attention"}:  # of each architecture the best implementation
         by.append("label")
     if timed:
@@ -173,7 +173,8 @@ def full_table(records: pd.DataFrame) -> Table:
     if rows.empty or "latency_s" not in rows:
         return made
     rows = dense_first(rows)
-    columns = [Column(name, (name,), str) for name in ("run", "scale", "device_name")]
+    fixed = ("run", "scale", "device_name", "decode_path", "forward_path", *SETTINGS)
+    columns = [Column(name, (name,), str) for name in fixed]
     if "loop" in rows:
         columns.append(Column("suite", ("suite",), str))
     for suite in [name for name in KINDS if name in set(rows["suite"])]:

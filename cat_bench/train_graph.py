@@ -15,6 +15,7 @@ import torch
 
 from cat_bench.errors import UserError
 from cat_bench.graph import capture_stream
+from cat_bench.profiler import is_out_of_memory
 
 WARMUPS = 3  # PyTorch's notes on CUDA graphs
 
@@ -39,34 +40,32 @@ def captured(
     with torch.cuda.stream(side):
         for _ in range(WARMUPS):
             step()
+        gc.collect()
         for name, part in parts.items():
             try:
                 with torch.cuda.graph(graphs[name], pool=pool, stream=side):
                     part()
             except RuntimeError as error:
-                explain(error, name)
-                raise
+                raise explained(error, name) from error
     torch.cuda.current_stream().wait_stream(side)
     return list(graphs.values())
 
 
-def explain(error: BaseException, part: str) -> None:
-    """Raises what has broken the capture of `part`: lack of memory, or a UserError where CUDA or
-    PyTorch says that something cannot be captured. Returns where it is neither.
-
-    A broken capture also fails to end, so the reason may be the context of `error`.
+def explained(error: BaseException, part: str) -> BaseException:
+    """What has broken the capture of `part`: the first error of the chain, since a broken capture
+    fails to end, too. In words where it is lack of memory, or something that CUDA cannot capture.
     """
-    reasons = [error]
-    while (before := reasons[-1].__context__) is not None:
-        reasons.append(before)
-    for reason in reasons:
-        if isinstance(reason, torch.OutOfMemoryError):
-            raise reason from None
-    for reason in reversed(reasons):  # the first to happen
-        if "captur" in str(reason):
-            raise UserError(
-                f"the {part} part of this training step cannot be captured as a CUDA graph: "
-                f"{str(reason).splitlines()[0]}",
-                "A captured step never waits for the GPU (`.item()`, an `if` on a tensor, a copy "
-                "from the host). Use --step-path eager to launch it from Python.",
-            ) from error
+    while error.__context__ is not None:
+        error = error.__context__
+    if is_out_of_memory(error):
+        return torch.OutOfMemoryError(
+            f"{error}\nIt was short while the step was captured; --step-path eager may fit."
+        )
+    if "captur" in str(error):
+        return UserError(
+            f"the {part} part of this training step cannot be captured as a CUDA graph: "
+            f"{str(error).splitlines()[0]}",
+            "A captured step never waits for the GPU (`.item()`, an `if` on a tensor, a copy "
+            "from the host). Use --step-path eager to launch it from Python.",
+        )
+    return error

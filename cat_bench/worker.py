@@ -28,21 +28,12 @@ from cat_bench.case import Case, Record
 from cat_bench.environment import clock_state
 from cat_bench.errors import UserError
 from cat_bench.packages import install_commands
+from cat_bench.profiler import is_out_of_memory
 from cat_bench.spec import Spec, describe, parse, resolve
 from cat_bench.suites import load
 from cat_bench.user_code import FileFault, importable
 
 CLOCK_UNITS = {"sm_clock_hz": "Hz", "memory_clock_hz": "Hz", "temperature_c": "C", "power_w": "W"}
-
-# How libraries below torch word the lack of memory, as plain RuntimeErrors.
-OUT_OF_MEMORY_TEXTS = (
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-)
 
 
 def main() -> None:
@@ -134,12 +125,6 @@ def _require_packages(spec: Spec, kind: str, path: str) -> None:
             "which is not installed.",
             f"Install it: {install_commands(lacking)}",
         )
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(text in str(problem) for text in OUT_OF_MEMORY_TEXTS)
 
 
 def clock_rows(case: Case, when: str) -> Iterator[Record]:

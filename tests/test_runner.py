@@ -514,7 +514,7 @@ def test_clock_rows_are_one_number_each(monkeypatch):
 def test_only_lack_of_memory_is_out_of_memory():
     import torch
 
-    from cat_bench.worker import is_out_of_memory
+    from cat_bench.profiler import is_out_of_memory
 
     assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"))

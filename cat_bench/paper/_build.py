@@ -166,7 +166,7 @@ def find(
 
     All other closed rows of that device come along with "chosen" False: a ratio to Dense is taken
     inside one run, also where a later run has another Dense. A case is the same with any number of
-    repeats: every table prints n. `earlier(case)` stands in for a case that no run has closed.
+    repeats: every table prints n. `earlier(case)` stands in for a case that no run has measured.
     """
     asked = {_repeats(settings) for settings in records.drop_duplicates("case")["settings"]}
     pairs = [(case.with_repeats(n), case.key) for case in planned for n in {None, *asked}]
@@ -176,8 +176,8 @@ def find(
     is_own = records["case"].isin(own)
     records = records.assign(case=records["case"].map(keys), is_own=is_own)
     closing = records[records["metric"] == store.CLOSING]
-    closing = closing.assign(number=closing["run"].map(_run_number))
-    newest = closing.sort_values(["is_own", "number"], kind="stable").drop_duplicates(
+    closing = closing.assign(number=closing["run"].map(_run_number), rank=_rank(closing))
+    newest = closing.sort_values(["rank", "number"], kind="stable").drop_duplicates(
         ["case", "device_name"], keep="last"
     )
     counts = Counter(newest["device_name"])
@@ -194,6 +194,16 @@ def find(
     others = tuple(sorted(name for name in counts if name != device))
     stand_ins = frozenset(chosen["case"][~chosen["is_own"]])
     return Found(planned, rows, device, others, by_case, stand_ins)
+
+
+def _rank(closing: pd.DataFrame) -> pd.Series:
+    """1: of today's plan. 0: a stand-in. -1: ended badly where a stand-in says more."""
+    replaced = closing[~closing["is_own"]][["case", "device_name"]]
+    has_stand_in = pd.MultiIndex.from_frame(closing[["case", "device_name"]]).isin(
+        pd.MultiIndex.from_frame(replaced)
+    )
+    bad = closing["is_own"] & ~closing["status"].isin(["ok", "oom"]) & has_stand_in
+    return closing["is_own"].astype(int).where(~bad, -1)
 
 
 def _repeats(settings: Sequence[Sequence[str]]) -> int | None:
@@ -271,8 +281,9 @@ def _word(
         return f"not built (needs architectures: {', '.join(absent)})"
     if rendered is not None and rendered != keys:
         return "stale"
-    if found.num_closed < len(keys):
-        return f"partial {found.num_closed}/{len(keys)}" if found.num_closed else "not run"
+    num_closed = found.num_closed - len(found.stand_ins)
+    if num_closed < len(keys):
+        return f"partial {num_closed}/{len(keys)}" if found.num_closed else "not run"
     return "done in part" if unbuilt or absent else "done"  # 0 of 0: drawn, not measured
 
 

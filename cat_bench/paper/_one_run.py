@@ -87,8 +87,8 @@ class Best(NamedTuple):
 def best(rows: pd.DataFrame, metric: str) -> list[Best]:
     """Per setting, in the newest run that has every architecture which any run has there.
 
-    Without such a run nobody is known to be best: the setting is left out. A value that a remark
-    is about counts as not measured.
+    Without such a run nobody is known to be best: the setting is left out. Nor is anybody where a
+    remark is about one of the values.
     """
     found = []
     ok = rows[(rows["status"] == "ok") & rows[metric].notna()] if metric in rows else rows.iloc[:0]

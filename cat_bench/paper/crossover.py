@@ -13,6 +13,7 @@ averaged from the prompt of 8 on. All ratios, winners and crossings are of cases
 Try it: cat-bench paper crossover --scale smoke
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -78,9 +79,10 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     lines = rows[rows["case"].isin(keys)] if len(rows) else rows
     fastest = _one_run.best(everything, "tpot_s") if len(rows) else []
     smallest = _one_run.best(everything, "held_bytes") if len(rows) else []
+    planned = Counter(map(_one_run.setting_of, plan(scale)))
     maps = [
-        _lines.Map("fastest per token", _map(fastest, scale)),
-        _lines.Map("smallest weights and state", _map(smallest, scale)),
+        _lines.Map("fastest per token", _map(fastest, planned)),
+        _lines.Map("smallest weights and state", _map(smallest, planned)),
     ]
     axis = figures.LENGTH.planned_by(at_lengths(scale))
     lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
@@ -133,18 +135,19 @@ def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str, also: Sequence
     )
 
 
-def _map(found: Sequence[_one_run.Best], scale: str) -> list[_lines.Won]:
+def _map(found: Sequence[_one_run.Best], planned: Counter) -> list[_lines.Won]:
     """One per box: where a setting was measured in both ways, the longer prompt's, as the lines."""
     by_box = {
         (one.batch_size, one.seq_len): one for one in sorted(found, key=lambda b: b.prompt_len)
     }
-    return [_lines.Won(*box, one.label, _margin(one, scale)) for box, one in by_box.items()]
+    return [
+        _lines.Won(*box, one.label, _margin(one, planned[one[:3]])) for box, one in by_box.items()
+    ]
 
 
-def _margin(one: _one_run.Best, scale: str) -> str:
+def _margin(one: _one_run.Best, num_planned: int) -> str:
     """ "1.42x", " ~" where it is none, and how many were compared where others are planned."""
-    planned = [case for case in plan(scale) if _one_run.setting_of(case) == one[:3]]
-    alone = f" of {one.num_compared}" if one.num_compared < len(planned) else ""
+    alone = f" of {one.num_compared}" if one.num_compared < num_planned else ""
     return _times(one.margin.median) + ("" if one.is_clear else " ~") + alone
 
 
@@ -162,30 +165,33 @@ def _winners(
     scale: str,
     lacks: Sequence[str],
 ) -> tables.Table:
-    by_setting = {one[:3]: one for one in smallest}
+    by_setting = [{one[:3]: one for one in found} for found in (fastest, smallest)]
     text, values = [], []
-    for quick in fastest:
-        small = by_setting.get(quick[:3])
-        line = {
-            "batch": str(quick.batch_size),
-            "length": _lines.tokens(quick.seq_len),
-            "prompt": str(quick.prompt_len),
-            "fastest": quick.label,
-            "ms/step": milliseconds(quick.value),
-            "ahead of": _ahead(quick),
-            "smallest": small.label if small else "-",
-            "GiB": gib(small.value) if small else "-",
-            "smaller than": _ahead(small) if small else "-",
-            "of": str(quick.num_compared),
-            "run": quick.run,
-        }
-        text.append(line)
+    for setting in sorted(set().union(*by_setting)):
+        batch_size, seq_len, prompt_len = setting
+        quick, small = (found.get(setting) for found in by_setting)
+        compared = quick or small
+        text.append(
+            {
+                "batch": str(batch_size),
+                "length": _lines.tokens(seq_len),
+                "prompt": str(prompt_len),
+                "fastest": quick.label if quick else "-",
+                "ms/step": milliseconds(quick.value) if quick else "-",
+                "ahead of": _ahead(quick) if quick else "-",
+                "smallest": small.label if small else "-",
+                "GiB": gib(small.value) if small else "-",
+                "smaller than": _ahead(small) if small else "-",
+                "of": str(compared.num_compared),
+                "run": compared.run,
+            }
+        )
         values.append(
             {
-                "batch_size": quick.batch_size,
-                "seq_len": quick.seq_len,
-                "prompt_len": quick.prompt_len,
-                **_values("fastest", "tpot_s", quick),
+                "batch_size": batch_size,
+                "seq_len": seq_len,
+                "prompt_len": prompt_len,
+                **(_values("fastest", "tpot_s", quick) if quick else {}),
                 **(_values("smallest", "held_bytes", small) if small else {}),
             }
         )
@@ -193,7 +199,8 @@ def _winners(
         "fastest = least time per step of the whole batch; ahead of = the second, its time / the "
         "first's with a 95 % interval, both of the run named; ~ = the interval holds 1, or the "
         "margin rounds to 1.00.",
-        "smallest = least weights + live state while decoding. of = architectures compared.",
+        "smallest = least weights + live state while decoding. of = architectures compared. - = "
+        "not known: no run has all of them, or a remark is about the value of one.",
         "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
         *_curves.patterns(rows),
         *failures(rows),

@@ -98,10 +98,10 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     }
     if rows.empty:
         return Content((_claims_alone(claims),))
-    made = tables.table(_with_ratios(rows, claims), COLUMNS, ["seq_len"])
+    made = tables.table(_with_ratios(rows, claims), COLUMNS, ["seq_len", "step"])
     notes = [
         TRAINING_DEFINITIONS[0],
-        TRAINING_DEFINITIONS[2],
+        TRAINING_DEFINITIONS[3],
         *NOTES,
         *_curves.patterns(rows),
         *whole_logits(rows),

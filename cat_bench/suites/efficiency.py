@@ -214,14 +214,15 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
 
     Out of memory: the rows so far, the memory counters at that moment, then the error itself.
     """
-    import torch
+    from cat_bench.profiler import is_out_of_memory
 
     yield from _size_rows(case, model)
     measured = _ceilings(case)
     try:
         generation = yield from _timed_rows(case, model)  # its buffers are free again afterwards
-    except torch.OutOfMemoryError:
-        yield from _memory_rows(case, model)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            yield from _memory_rows(case, model)
         raise
     yield from _floor_rows(case, model, generation, measured)
 

@@ -170,8 +170,9 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
     step = Step(case, model)
     try:
         timing = yield from _timed_rows(case, step)
-    except torch.OutOfMemoryError:
-        yield from _memory_rows(case, profiler.memory_counters(case.device))
+    except RuntimeError as error:
+        if profiler.is_out_of_memory(error):
+            yield from _memory_rows(case, profiler.memory_counters(case.device))
         raise
     yield from _flops_rows(case, model, timing, ceiling)
 
