@@ -35,6 +35,7 @@ TINY = {
 }  # fmt: skip
 TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 FUNCTION = re.compile(r"\s*(?:async )?def (\w+)")
+PRESET_NAME = re.compile(r"[^\s:,]+(?<!\.py)")  # what `parse` and lists with commas leave whole
 NO_DEFAULT = object()  # a field whose default is absent or no literal
 
 
@@ -471,6 +472,11 @@ def _place(path: Path, name: str) -> tuple[Path, str]:
 
 def _checked_presets(path: Path, presets: dict, fields: dict[str, Field]) -> dict:
     for name, settings in presets.items():
+        if not isinstance(name, str) or not PRESET_NAME.fullmatch(name):
+            raise UserError(
+                f"{path}: the preset {name!r} has a name that no -a can give.",
+                "It must be a text without space, ':' and ',' that does not end in .py.",
+            )
         if not isinstance(settings, dict):
             raise UserError(
                 f"{path}: the preset '{name}' is {settings!r}.",

@@ -171,6 +171,12 @@ def test_the_directory_is_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path
         ('dict(mine_wide={"width": 2})', "PRESETS is not a literal dict."),
         ('{"wide": {"witdh": 2}}', "'wide' sets 'witdh', which its Config does not have. Did you"),
         ('{"wide": 2}', "the preset 'wide' is 2."),
+        ('{8: {"width": 2}}', "the preset 8 has a name that no -a can give."),
+        ('{"": {"width": 2}}', "the preset '' has a name"),
+        ('{"wide:2": {"width": 2}}', "the preset 'wide:2' has a name"),
+        ('{"a,b": {"width": 2}}', "the preset 'a,b' has a name"),
+        ('{" wide": {"width": 2}}', "the preset ' wide' has a name"),
+        ('{"wide.py": {"width": 2}}', "the preset 'wide.py' has a name"),
     ],
 )
 def test_presets_are_checked_where_they_are_read(tmp_path: Path, presets: str, said: str):
