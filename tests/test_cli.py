@@ -150,6 +150,10 @@ def refused(answer: Answer, *parts: str) -> None:
         ),
         ("-a mamba2:headdim=48 --quick", ["error: mamba2:headdim=48: headdim must divide"]),
         ("-a cat-8 --quick --seq-len 4000", ["-a cat:max_len=4000,", "(--quick shrinks what is"]),
+        (  # a length that nobody gave
+            "-a cat-8:max_len=32 --quick",
+            ["-a cat:max_len=64,", "at most 32 tokens: --seq-len, or --", "given, lengths too.)"],
+        ),
         ("-a dense -a cat-8 --quick --match params", ["--match chooses widths, but --quick"]),
         ("-a dense -a dense-2d --match params", ["dense-2d: --match", "set by the preset"]),
         ("-a dense --timeout 0", ["--timeout 0 is no time", "Example: --timeout 3600"]),
