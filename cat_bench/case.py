@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 Status = Literal["ok", "oom", "unsupported", "failed"]
+DEFAULT_TIMEOUT_S = 3600.0  # that one case may take
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cat_bench import exhibit_runs, listing, measuring, planning, printing, spec, store
-from cat_bench.case import Case, Options
+from cat_bench.case import DEFAULT_TIMEOUT_S, Case, Options
 from cat_bench.errors import UserError
 from cat_bench.messages import plural, say, warn
 from cat_bench.store import DEFAULT_RESULTS, RESULTS_VARIABLE
@@ -169,7 +169,9 @@ def run(
     gpu: Gpu = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
     retry: Annotated[str, typer.Option(help="With --resume: oom,failed,unsupported.")] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 3600.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one case may take.")
+    ] = DEFAULT_TIMEOUT_S,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models on the CPU.")] = False,
     results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
@@ -220,7 +222,7 @@ def run(
 def _measure(target: store.Run, retry: frozenset[str], timeout_s: float, as_json: bool) -> None:
     summary = measuring.measure(target, list(target.cases().values()), retry, timeout_s)
     printing.print_run(target, as_json)
-    measuring.exit_after(target, summary)
+    measuring.exit_after(target, summary, timeout_s)
 
 
 def _print_missing(cases: list[Case], gpu: str | None, as_json: bool) -> None:

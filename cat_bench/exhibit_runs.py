@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_bench import measuring, planning, spec, store
-from cat_bench.case import Case, Options
+from cat_bench.case import DEFAULT_TIMEOUT_S, Case, Options
 from cat_bench.errors import UserError
 from cat_bench.messages import plural, warn
 
@@ -82,7 +82,7 @@ def measure_missing(
         machine = planning.machine(order[0].device)
         resolved = planning.resolve(order, machine.get("gpu_name"))
         target = store.Run.create(results, name, machine, order, resolved)
-        summary = measuring.measure(target, order, frozenset(), 3600.0)
+        summary = measuring.measure(target, order, frozenset(), DEFAULT_TIMEOUT_S)
         sweeps.append((target, summary))
         if summary.interrupted:
             measuring.exit_after(target, summary)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import typer
 
 from cat_bench import planning, spec, store
-from cat_bench.case import Case
+from cat_bench.case import DEFAULT_TIMEOUT_S, Case
 from cat_bench.errors import UserError
 from cat_bench.messages import plural, say, warn
 from cat_bench.packages import install_command, install_commands
@@ -40,27 +40,29 @@ def measure(
     return summary
 
 
-def exit_after(target: store.Run, summary: "Summary") -> None:
+def exit_after(target: store.Run, summary: "Summary", timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     """Say how the run ended, on stderr, and leave with its exit code unless all is well."""
     if summary.interrupted:
         num_closed, num_cases = len(target.closed()), len(target.cases())
         say(
             f"interrupted after {num_closed} of {plural(num_cases, 'case')}. Kept: {target.path}. "
-            f"Continue: {_resume_command(target)}"
+            f"Continue: {_resume_command(target, timeout_s)}"
         )
         raise typer.Exit(EXIT_INTERRUPTED)
     bad = {status: getattr(summary, status) for status in ("failed", "unsupported")}
     bad = {status: count for status, count in bad.items() if count}
     if bad:
         told = ", ".join(f"{plural(count, 'case')} {status}" for status, count in bad.items())
-        again = _resume_command(target, "--retry", ",".join(bad))
+        again = _resume_command(target, timeout_s, "--retry", ",".join(bad))
         say(f"{told}; the rows say why. Again: {again}")
         raise typer.Exit(EXIT_FAILED_CASES)
 
 
-def _resume_command(target: store.Run, *flags: str) -> str:
-    """What continues `target`, to be pasted as it is: with --results where that is needed."""
+def _resume_command(target: store.Run, timeout_s: float, *flags: str) -> str:
+    """What continues `target`, to be pasted as it is: with the timeout and folder it needs."""
     command = ["cat-bench", "run", "--resume", target.name, *flags]
+    if timeout_s != DEFAULT_TIMEOUT_S:
+        command += ["--timeout", f"{timeout_s:g}"]
     folder = target.path.resolve().parent
     if folder != store.DEFAULT_RESULTS.resolve() or store.RESULTS_VARIABLE in os.environ:
         command += ["--results", str(folder)]

@@ -161,10 +161,11 @@ def _check_length(case: Case, model: Architecture) -> None:
     spec = parse(case.arch)
     overrides = dict(sorted({**spec.overrides, "max_len": case.seq_len}.items()))
     longer = replace(spec, overrides=overrides).text
-    shrunk = " (--quick shrinks what is not given.)" if case.scale == "smoke" else ""
+    options = "--seq-len" if _trains(case) else "--seq-len, or --prompt-len + --new-tokens"
+    shrunk = " (--quick shrinks what is not given, lengths too.)" if case.scale == "smoke" else ""
     raise UserError(
         f"{case.arch}: seq_len={case.seq_len} {problem}",
-        f"Use -a {longer}, or a shorter --seq-len.{shrunk}",
+        f"Use -a {longer}, or at most {model.max_len} tokens: {options}.{shrunk}",
     )
 
 

@@ -22,14 +22,13 @@ from os import SEEK_END, killpg, sep
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from cat_bench.case import Case, Record
+from cat_bench.case import DEFAULT_TIMEOUT_S, Case, Record
 from cat_bench.environment import PROJECT, conflicts, worker_process
 from cat_bench.errors import UserError
 from cat_bench.spec import name_of, resolve
 from cat_bench.store import CLOSING, Run
 from cat_bench.user_code import source_hash
 
-DEFAULT_TIMEOUT_S = 3600.0
 STDERR_BYTES = 4096  # how much of a failed worker's stderr its row keeps
 RETRIABLE = frozenset({"oom", "unsupported", "failed"})
 

@@ -35,6 +35,7 @@ TINY = {
 }  # fmt: skip
 TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 FUNCTION = re.compile(r"\s*(?:async )?def (\w+)")
+PRESET_NAME = re.compile(r"[^\s:,]+(?<!\.py)")  # what `parse` and lists with commas leave whole
 NO_DEFAULT = object()  # a field whose default is absent or no literal
 
 
@@ -409,25 +410,73 @@ def _python_files(folder: Path) -> list[Path]:
 def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
     tree = _tree(path)
     constants = _constants(tree)
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    model = _constants(classes["Model"]) if "Model" in classes else {}
-    fields = _fields(classes["Config"], constants) if "Config" in classes else {}
+    config, lineage = _classes(tree).get("Config"), _lineage(path)
+    fields = _fields(config, constants) if config else {}
+    requires = {}
+    for file in [*(file for file, _ in reversed(lineage)), path]:
+        requires |= _checked_requires(file, _dict(file, "REQUIRES", _constants(_tree(file))))
     return ArchitectureInfo(
         name=name,
         path=path,
         summary=_summary(tree),
         fields=fields,
         presets=_checked_presets(path, _dict(path, "PRESETS", constants), fields),
-        decode_paths=_literal(model.get("decode_paths"), constants, ("eager",)),
-        forward_paths=_literal(model.get("forward_paths"), constants, ("eager",)),
-        requires=_checked_requires(path, _dict(path, "REQUIRES", constants)),
+        decode_paths=_paths(lineage, "decode_paths"),
+        forward_paths=_paths(lineage, "forward_paths"),
+        requires=requires,
         upstream_lacks=_dict(path, "UPSTREAM_LACKS", constants),
         exports=frozenset(_defined(tree)),
     )
 
 
+def _paths(lineage: dict[tuple[Path, str], ast.ClassDef], kind: str) -> tuple[str, ...]:
+    """Those of the first class that has some."""
+    for (file, _), node in lineage.items():
+        value = _constants(node).get(kind)
+        if value is not None:
+            return _literal(value, _constants(_tree(file)), ("eager",))
+    return ("eager",)
+
+
+def _lineage(path: Path) -> dict[tuple[Path, str], ast.ClassDef]:
+    """(file, name) -> class: Model, then its bases as far as `_place` finds them."""
+    found, waiting = {}, [(path, "Model")]
+    for file, name in waiting:  # grows
+        node = _classes(_tree(file)).get(name)
+        if node:
+            found[file, name] = node
+        places = [_place(file, text) for text in (map(ast.unparse, node.bases) if node else [name])]
+        waiting += [place for place in places if place not in waiting]
+    return found
+
+
+def _place(path: Path, name: str) -> tuple[Path, str]:
+    """Where a class that a file names stands: in a module of baselines, cat_bench or its own folder
+    if it imports it from there, else in the file itself.
+    """
+    imported = {  # "dense" -> "baselines.dense"
+        alias.asname or alias.name: f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".")
+        for node in _tree(path).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    first, dot, rest = name.partition(".")
+    module, _, its_name = f"{imported.get(first, first)}{dot}{rest}".rpartition(".")
+    ours = module.startswith(("baselines.", "cat_bench."))
+    for folder in (path.parent, PACKAGE.parent) if ours else (path.parent,):
+        file = folder / f"{module.replace('.', '/')}.py"
+        if file.is_file():
+            return file, its_name
+    return path, name
+
+
 def _checked_presets(path: Path, presets: dict, fields: dict[str, Field]) -> dict:
     for name, settings in presets.items():
+        if not isinstance(name, str) or not PRESET_NAME.fullmatch(name):
+            raise UserError(
+                f"{path}: the preset {name!r} has a name that no -a can give.",
+                "It must be a text without space, ':' and ',' that does not end in .py.",
+            )
         if not isinstance(settings, dict):
             raise UserError(
                 f"{path}: the preset '{name}' is {settings!r}.",
@@ -511,6 +560,10 @@ def _defined(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)
     return names
+
+
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _constants(scope: ast.Module | ast.ClassDef) -> dict[str, ast.expr]:

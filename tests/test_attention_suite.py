@@ -64,13 +64,15 @@ def test_a_gpus_implementation_on_a_cpu_says_so() -> None:
         list(measure(replace(case, device="cpu"), build(parse(case.arch))))
 
 
-def test_chunks_too_long_for_the_kernels_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "is_installed", lambda name: True)
-    one = parse("cat:chunk_size=256,width=64")
-    options = Options(device="cuda", seq_lens=(512,), dtype="float32")
-    (case,) = (c for c in plan([one], options) if dict(c.settings)["implementation"] == "fused")
-    with pytest.raises(UserError, match="takes chunk sizes up to 128, got 256"):
-        list(measure(case, build(parse(case.arch))))
+@pytest.mark.parametrize("setting", ["cat:chunk_size", "sparse:stride"])
+def test_fused_is_asked_of_no_chunk_that_is_too_long_for_it(setting: str) -> None:
+    options = Options(device="cuda", seq_lens=(1024,))
+    at_most, above, default = (
+        {name for *_, name in names(plan([parse(text)], options))}
+        for text in (f"{setting}=128", f"{setting}=129", setting.partition(":")[0])
+    )
+    assert at_most == default == {"fused", *above} and "fused" not in above
+    assert "two_part" in above
 
 
 def test_unknown_attention_and_counts_are_refused() -> None:

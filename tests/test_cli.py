@@ -150,6 +150,10 @@ def refused(answer: Answer, *parts: str) -> None:
         ),
         ("-a mamba2:headdim=48 --quick", ["error: mamba2:headdim=48: headdim must divide"]),
         ("-a cat-8 --quick --seq-len 4000", ["-a cat:max_len=4000,", "(--quick shrinks what is"]),
+        (  # a length that nobody gave
+            "-a cat-8:max_len=32 --quick",
+            ["-a cat:max_len=64,", "at most 32 tokens: --seq-len, or --", "given, lengths too.)"],
+        ),
         ("-a dense -a cat-8 --quick --match params", ["--match chooses widths, but --quick"]),
         ("-a dense -a dense-2d --match params", ["dense-2d: --match", "set by the preset"]),
         ("-a dense --timeout 0", ["--timeout 0 is no time", "Example: --timeout 3600"]),
@@ -419,15 +423,16 @@ def test_cases_that_lack_a_package_are_rows_beside_the_others(
         "Install it: pip install a_package_that_is_not_installed"
     ]
     assert "1 case unsupported; the rows say why." in answer.err and "failed" not in answer.err
-    assert "--resume 0001-mixed --retry unsupported" in answer.err
+    assert "--resume 0001-mixed --retry unsupported" in answer.err and "--timeout" not in answer.err
     assert "Install it: pip install a_package_that_is_not_installed" in answer.out
     run = store.find(results_folder, "mixed")
     assert sorted(run.closed().values()) == ["ok", "unsupported"]
 
     resumed = cat_bench("run", "--resume", "mixed")  # nothing is left to be measured
     assert resumed.code == 0 and "warning: " not in resumed.err
-    again = cat_bench("run", "--resume", "mixed", "--retry", "unsupported")
+    again = cat_bench(*"run --resume mixed --retry unsupported --timeout 7200".split())
     assert again.code == 3 and "will be unsupported" in again.err
+    assert "--resume 0001-mixed --retry unsupported --timeout 7200" in again.err
     mine.write_text(FAULTY.replace("a_package_that_is_not_installed", "torch"))
     after = cat_bench("run", "--resume", "mixed", "--retry", "unsupported")  # now it is there
     assert after.code == 3 and "1 case failed; the rows say why." in after.err
@@ -473,9 +478,9 @@ def test_the_command_that_resumes_a_run_works_as_it_is_printed(
     shutil.copytree(measured, folder)
     with pytest.raises(measuring.typer.Exit):
         target = store.find(Path(folder), "first")
-        measuring.exit_after(target, runner.Summary(**ended))
+        measuring.exit_after(target, runner.Summary(**ended), 7200.0)
     command = capsys.readouterr().err.split(hint)[1].strip()
-    assert ("--results" in command) == named
+    assert ("--results" in command) == named and "--timeout 7200" in command
     program, *arguments = shlex.split(command)
     assert program == "cat-bench"
     resumed = cat_bench(*arguments)

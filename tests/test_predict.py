@@ -53,7 +53,10 @@ def test_a_sequence_longer_than_the_chunk_positions_is_refused() -> None:
     assert error.value.message == (
         "cat:max_len=4096: seq_len=8192 needs 1024 chunk positions; max_len=4096 gives 512."
     )
-    assert error.value.hint == "Use -a cat:max_len=8192, or a shorter --seq-len."
+    assert error.value.hint == (
+        "Use -a cat:max_len=8192, or at most 4096 tokens: "
+        "--seq-len, or --prompt-len + --new-tokens."
+    )
 
 
 # --- the floor ------------------------------------------------------------------------------------

@@ -171,6 +171,12 @@ def test_the_directory_is_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path
         ('dict(mine_wide={"width": 2})', "PRESETS is not a literal dict."),
         ('{"wide": {"witdh": 2}}', "'wide' sets 'witdh', which its Config does not have. Did you"),
         ('{"wide": 2}', "the preset 'wide' is 2."),
+        ('{8: {"width": 2}}', "the preset 8 has a name that no -a can give."),
+        ('{"": {"width": 2}}', "the preset '' has a name"),
+        ('{"wide:2": {"width": 2}}', "the preset 'wide:2' has a name"),
+        ('{"a,b": {"width": 2}}', "the preset 'a,b' has a name"),
+        ('{" wide": {"width": 2}}', "the preset ' wide' has a name"),
+        ('{"wide.py": {"width": 2}}', "the preset 'wide.py' has a name"),
     ],
 )
 def test_presets_are_checked_where_they_are_read(tmp_path: Path, presets: str, said: str):
@@ -187,6 +193,44 @@ def test_a_preset_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(spec, "BASELINES", tmp_path)
     with pytest.raises(UserError, match=f"mine.py: the preset '{name}' has a name that .* uses"):
         spec.architectures()
+
+
+@pytest.mark.parametrize(
+    ("imports", "base"),
+    [
+        ("from baselines import sparse", "sparse.Model"),
+        ("import baselines.sparse", "baselines.sparse.Model"),
+        ("import baselines.sparse as theirs", "theirs.Model"),
+        ("from baselines.sparse import Model", "Model"),
+        ("from beside import Base", "Base"),
+        ("import beside", "beside.Base"),
+        ("import beside\nclass Middle(object, beside.Base): ...", "Middle"),
+    ],
+)
+def test_paths_of_a_base_class_are_found_with_what_they_need(
+    tmp_path: Path, imports: str, base: str
+):
+    (tmp_path / "beside.py").write_text("from baselines.sparse import Model as Base\n")
+    path = tmp_path / "mine.py"
+    path.write_text(f"{imports}\nclass Model({base}):\n    decode_paths = ('eager', 'mine')\n")
+    info, sparse = spec.describe(str(path)), spec.describe("sparse")
+    assert info.forward_paths == sparse.forward_paths == ("eager", "compile")
+    assert info.decode_paths == ("eager", "mine")
+    assert info.packages("forward", "compile") == ("triton",)
+    path.write_text(f"{imports}\nREQUIRES = {{'compile': ()}}\nclass Model({base}): ...\n")
+    assert spec.describe(str(path)).fastest("cuda") == "cuda_graph"
+    assert spec.describe(str(path)).packages("forward", "compile") == ()
+
+
+@pytest.mark.parametrize(
+    "source", ["import torch\nclass Model(torch.nn.Module): ...", "from mine import Model", ""]
+)
+def test_without_a_class_that_can_be_read_there_is_the_eager_path(tmp_path: Path, source: str):
+    path = tmp_path / "mine.py"
+    path.write_text(f"REQUIRES = {{'eager': 'torch'}}\n{source}\n")
+    info = spec.describe(str(path))
+    assert (info.decode_paths, info.forward_paths) == (("eager",), ("eager",))
+    assert info.packages("decode", "eager") == ("torch",)
 
 
 def test_a_path_may_need_several_packages_and_more_of_them_in_the_forward_pass(tmp_path: Path):

@@ -79,8 +79,9 @@ def test_our_own_lengths_are_too_long_for_nobody() -> None:
     given = plan([parse("cat-16:max_len=2048")], Options(device="cuda"))
     assert {c.arch for c in given} == {"cat:chunk_size=16,max_len=2048"}
     asked = plan([parse("cat-16")], Options(device="cuda", seq_lens=(4096,)))
-    with pytest.raises(UserError, match="needs 256 chunk positions"):
+    with pytest.raises(UserError, match="needs 256 chunk positions") as error:
         predict.resolve(asked)
+    assert error.value.hint.endswith("or at most 1024 tokens: --seq-len.")
 
 
 def test_the_forward_path_is_the_first_that_the_source_names(tmp_path: Path) -> None:

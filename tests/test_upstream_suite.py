@@ -120,6 +120,16 @@ def test_a_model_that_their_program_cannot_be_is_refused_by_the_plan(
     assert said in error.value.message and error.value.hint == hint
 
 
+def test_a_dtype_that_their_kernels_lack_is_refused_by_the_plan(tmp_path: Path) -> None:
+    """On our eager path, too, which has float64."""
+    options = Options(device="cuda", dtype="float64", decode_path="eager")
+    for arch in ("mamba2", "gdn", write(tmp_path, head='REQUIRES = {"upstream": "torch"}')):
+        said = f"the upstream program of {parse(arch).text} computes in float32, so dtype float64"
+        with pytest.raises(UserError, match=said):
+            upstream.plan([parse(arch)], options)
+    assert pair(write(tmp_path), dtype="float64")  # without such kernels
+
+
 def exports(name: str) -> frozenset[str]:
     return describe(name).exports
 

@@ -4,7 +4,7 @@ No model runs: an architecture only says which attention (heads, chunk size or s
 q, k, v are random views of one projection, as in a block. One case per implementation:
 
     eager              a dense mask; up to 4,096 tokens
-    two_part, fused    cat_bench/chunk_attention.py
+    two_part, fused    cat_bench/chunk_attention.py; fused up to its MAX_FUSED_CHUNK rows a chunk
     flex_interleaved   FlexAttention on CAT's published layout: [slot, C tokens] per chunk
     flex_permuted      FlexAttention with all slots first, then all tokens
     causal             dense causal attention, scaled_dot_product_attention
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
 from cat_bench.packages import install_command, is_installed
-from cat_bench.spec import Spec, parse, tiny
+from cat_bench.spec import Spec, describe, parse, tiny
 from cat_bench.suites import efficiency
 
 if TYPE_CHECKING:
@@ -72,10 +72,11 @@ class Shape(NamedTuple):
 
 
 def plan(specs: list[Spec], options: Options) -> list[Case]:
-    """Architectures x lengths x implementations that device and dtype have; TOKENS tokens a call.
-
-    In the order of efficiency.by_cell.
+    """Architectures x lengths x implementations that device, dtype and chunk size have; TOKENS
+    tokens a call. In the order of efficiency.by_cell.
     """
+    from cat_bench.chunk_attention import MAX_FUSED_CHUNK
+
     defaults = [parse(text) for text in ARCHITECTURES]
     specs = specs or ([tiny(one) for one in defaults] if options.scale == "smoke" else defaults)
     _check(specs, options)
@@ -92,6 +93,7 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
         for batch_size in batch_sizes:
             for name in IMPLEMENTATIONS[spec.name]:
                 too_long = name == "eager" and seq_len > MAX_EAGER
+                too_long |= name == "fused" and _chunk_size(spec) > MAX_FUSED_CHUNK
                 if not too_long and (name in PLAIN or not only_plain):
                     cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
     return efficiency.by_cell(cases)
@@ -112,6 +114,11 @@ def _check(specs: list[Spec], options: Options) -> None:
         if value is not None:
             raise UserError(f"{flag} means nothing to attention alone.", f"Drop {flag}.")
     efficiency.check_options(specs, options)
+
+
+def _chunk_size(spec: Spec) -> int:
+    key = {"cat": "chunk_size", "sparse": "stride"}[spec.name]
+    return spec.overrides.get(key, describe(spec.name).fields[key].default)
 
 
 def _case(
@@ -140,13 +147,10 @@ def _case(
 
 
 def measure(case: Case, model: "Architecture") -> Iterator[Record]:
-    """Times, memory, and what they imply. Raises UserError for a GPU's implementation on a CPU, and
-    for chunks that are too long for it.
-    """
+    """Times, memory, and what they imply. Raises UserError for a GPU's implementation on a CPU."""
     import torch
 
     from cat_bench import profiler
-    from cat_bench.chunk_attention import MAX_FUSED_CHUNK
 
     settings = dict(case.settings)
     implementation = settings["implementation"]
@@ -161,12 +165,6 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
             f"Install it: {install_command('triton')}",
         )
     shape = shape_of(parse(case.arch).name, model.config, case.seq_len)
-    if implementation == "fused" and shape.chunk_size > MAX_FUSED_CHUNK:
-        raise UserError(
-            f"the implementation 'fused' takes chunk sizes up to {MAX_FUSED_CHUNK}, got "
-            f"{shape.chunk_size}.",
-            "Compare the others, or shorter chunks.",
-        )
     held = torch.cuda.memory_allocated() if case.device == "cuda" else 0
     attend, num_rows = implemented(implementation, shape, case.device)
     q, k, v, do = _inputs(case, shape, num_rows)

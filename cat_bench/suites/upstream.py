@@ -49,7 +49,7 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
     Who runs first alternates from pair to pair, so that a drift favours neither side.
     """
     for spec in specs:
-        _check_export(spec)
+        _check_export(spec, options.dtype)
     planned, order = [], itertools.cycle((LOOPS, LOOPS[::-1]))
     for case in efficiency.plan(specs, options):
         if any(key == "reference" for key, _ in case.settings):
@@ -65,8 +65,10 @@ def _with_loop(case: Case, loop: str, decode_path: str | None) -> Case:
     return replace(case, suite="upstream", decode_path=decode_path or fastest, settings=settings)
 
 
-def _check_export(spec: Spec) -> None:
-    """Raises UserError where the file has no program of the authors, or none with such settings."""
+def _check_export(spec: Spec, dtype: str | None) -> None:
+    """Raises UserError where the file has no program of the authors, or none with such settings or
+    in such a dtype: the kernels of their packages sum in float32.
+    """
     info, problem = describe(spec.name), f"{spec.text} has no upstream program to compare with"
     if EXPORT not in info.exports:
         able = [info.name for info in architectures() if EXPORT in info.exports]
@@ -77,6 +79,18 @@ def _check_export(spec: Spec) -> None:
     for setting, reason in info.upstream_lacks.items():
         if setting in spec.overrides:
             raise UserError(f"{problem}: {reason}.", f"{spec.name} without {setting} has one.")
+    if dtype == "float64" and _packages(info):
+        raise UserError(
+            f"the upstream program of {spec.text} computes in float32, so dtype float64 would be "
+            "untrue.",
+            "Use --dtype float32 or bfloat16.",
+        )
+
+
+def _packages(info: ArchitectureInfo) -> set[str]:
+    """What the authors' program is of: the paths upstream and upstream_graph require it."""
+    paths = [path for path in info.decode_paths if path.startswith("upstream")]
+    return {name for path in paths for name in info.packages("decode", path)}
 
 
 # --- measure --------------------------------------------------------------------------------------
@@ -123,12 +137,8 @@ def _upstream(case: Case, model: "Architecture") -> "Generate":
 
 
 def _check_kernels(case: Case, info: ArchitectureInfo) -> None:
-    """Raises UserError where a package of the authors is missing, or the device is none of theirs.
-
-    Their packages are those that the paths upstream and upstream_graph require.
-    """
-    paths = [path for path in info.decode_paths if path.startswith("upstream")]
-    packages = {name for path in paths for name in info.packages("decode", path)}
+    """Raises UserError where a package of the authors is missing, or the device is not theirs."""
+    packages = _packages(info)
     for package in sorted(packages):
         if not is_installed(package):
             raise UserError(
