@@ -132,7 +132,7 @@ def _verdict(rows: pd.DataFrame, num_worse: int, num_alone: int) -> str:
 
 
 def _other_step_path(pairs: list[tuple]) -> str:
-    """Training steps launched from Python in one run and replayed in the other pair up with none."""
+    """A training step launched from Python in one run and replayed in the other is no pair."""
     alone: list[dict[tuple, str]] = [{}, {}]
     for pair in pairs:
         for side, row in enumerate(pair):

@@ -410,9 +410,10 @@ def _python_files(folder: Path) -> list[Path]:
 def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
     tree = _tree(path)
     constants = _constants(tree)
-    config, lineage = _classes(tree).get("Config"), _lineage(path)
-    fields = _fields(config, constants) if config else {}
-    requires = {}
+    lineage = _lineage(path, "Model")
+    fields, requires = {}, {}
+    for (file, _), node in reversed(_lineage(path, "Config").items()):
+        fields |= _fields(node, _constants(_tree(file)))
     for file in [*(file for file, _ in reversed(lineage)), path]:
         requires |= _checked_requires(file, _dict(file, "REQUIRES", _constants(_tree(file))))
     return ArchitectureInfo(
@@ -438,9 +439,9 @@ def _paths(lineage: dict[tuple[Path, str], ast.ClassDef], kind: str) -> tuple[st
     return ("eager",)
 
 
-def _lineage(path: Path) -> dict[tuple[Path, str], ast.ClassDef]:
-    """(file, name) -> class: Model, then its bases as far as `_place` finds them."""
-    found, waiting = {}, [(path, "Model")]
+def _lineage(path: Path, name: str) -> dict[tuple[Path, str], ast.ClassDef]:
+    """(file, name) -> class: that of `path`, then its bases as far as `_place` finds them."""
+    found, waiting = {}, [(path, name)]
     for file, name in waiting:  # grows
         node = _classes(_tree(file)).get(name)
         if node:

@@ -222,6 +222,18 @@ def test_paths_of_a_base_class_are_found_with_what_they_need(
     assert spec.describe(str(path)).packages("forward", "compile") == ()
 
 
+def test_fields_of_a_base_config_are_found_in_its_order(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    config = "class Config(dense.Config):\n    depth: int = 3\n    width: int = 64\n"
+    path.write_text(f"from baselines import dense\n{config}class Model(dense.Model): ...\n")
+    fields, theirs = spec.describe(str(path)).fields, spec.describe("dense").fields
+    assert list(fields) == [*theirs, "depth"]
+    assert (fields["width"].default, fields["vocab_size"]) == (64, theirs["vocab_size"])
+    assert spec.parse(f"{path}:num_layers=2").overrides == {"num_layers": 2}
+    path.write_text("from baselines.dense import Config, Model\n")
+    assert spec.describe(str(path)).fields == theirs
+
+
 @pytest.mark.parametrize(
     "source", ["import torch\nclass Model(torch.nn.Module): ...", "from mine import Model", ""]
 )
