@@ -646,6 +646,10 @@ def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_decide_nothing(
     # nobody is known to be smallest where one of the values is stale
     assert _one_run.best(everything, "tpot_s") and not _one_run.best(everything, "peak_bytes")
     assert not any("Stale" in note for note in render("fig5", tmp_path).tables[0].notes)
+    remark["metrics"] = ["tpot_s"]  # then nobody is known to be fastest, but somebody smallest
+    (run.path / "remarks.json").write_text(json.dumps([remark]))
+    text = render("crossover", tmp_path).tables[0].text
+    assert set(text["fastest"]) == {"-"} and "-" not in set(text["smallest"])
     (run.path / "remarks.json").write_text("[")
     _, runs, skipped = _build.all_records(tmp_path)
     assert runs == [] and "remarks.json is broken" in skipped[0]

@@ -588,6 +588,28 @@ def test_rows_of_steps_launched_from_python_stand_in_and_are_said(
     assert not found.stand_ins
 
 
+@pytest.mark.parametrize("status", ["failed", "unsupported"])
+def test_a_captured_case_that_ended_badly_does_not_hide_the_earlier_row(
+    tmp_path: Path, status: str
+) -> None:
+    planned = [case for case in exhibit.plan("h100") if case.arch == "dense"]
+    made_up(tmp_path, [exhibit.earlier(case) for case in planned])
+    resolved = {case.key: {"label": "Dense", "config": {}} for case in planned}
+    run = store.Run.create(tmp_path, "bad", GPU, planned, resolved)
+    run.append([Record(case.key, "case", None, "s", status=status, error="x") for case in planned])
+    found, table = exhibit_of(tmp_path)
+    assert len(found.stand_ins) == len(table.text) == 2
+    assert not table.text["step s [95 % CI]"].isin([status]).any()
+
+
+def test_compare_says_that_only_the_step_path_differs(tmp_path: Path) -> None:
+    planned = [case for case in exhibit.plan("h100") if case.arch == "dense"]
+    runs = made_up(tmp_path, planned), made_up(tmp_path, [exhibit.earlier(c) for c in planned])
+    (verdict, *_) = compare.compare_table(*runs).notes
+    assert "4 cases are in one of the runs only" in verdict
+    assert verdict.endswith("2 pairs of them differ in --step-path.")
+
+
 def test_the_status_of_an_exhibit_says_what_stands_in(tmp_path: Path) -> None:
     made_up(tmp_path, [exhibit.earlier(c) for c in exhibit.plan("h100") if c.arch == "dense"])
     (status,) = [s for s in _build.statuses(tmp_path, "h100") if s.name == "training"]
