@@ -258,7 +258,8 @@ class Model(ForwardPath):
         if self.forward_path == "compile":
             require_cuda("the forward path 'compile' of CAT", device.type)
             return fused_attention(self.config.chunk_size)
-        return partial(chunk_attention, chunk_size=self.config.chunk_size)
+        size = self.config.chunk_size
+        return partial(chunk_attention, chunk_size=size, implementation="eager")
 
     def _decoder_block(self, block: Block, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """On the forward path; rotated inside the kernels where these know how."""

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cat_bench.blocks import attention
 from cat_bench.mask import sees
@@ -32,6 +33,7 @@ from cat_bench.mask import sees
 IMPLEMENTATIONS = ("eager", "two_part", "fused")
 MAX_FUSED_CHUNK = 128  # rows; a chunk must fit into one tile of the kernels
 MAX_TILE_ROWS = 128  # rows of a tile; those of a tile of summaries lie a chunk apart
+MAX_SCORES = 2**27  # of "two_part" at a time: 0.5 GiB in float32, about five times with gradients
 FUSED_HEAD_WIDTHS = (16, 32, 64, 128)
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +44,7 @@ def chunk_attention(
     v: Tensor,
     chunk_size: int,
     summary: Literal["first", "last"] = "first",
-    implementation: Literal["eager", "two_part", "fused"] = "eager",
+    implementation: Literal["eager", "two_part", "fused"] = "two_part",
 ) -> Tensor:
     """Softmax attention, scale 1 / sqrt(e), of each row over its own chunk of `chunk_size` rows so
     far and over one row of every earlier chunk: its "first", or its "last" (`summary`).
@@ -56,9 +58,9 @@ def chunk_attention(
         o = chunk_attention(q, k, v, 16, implementation="fused")
 
     "eager"     a (t, t) mask: the specification. Any device and dtype.
-    "two_part"  own chunk and earlier summaries apart, merged: 1 / C as much work and memory for
-                long t, but (b, h, t, t / C) scores still exist. Plain PyTorch, any device and
-                dtype; its scores are rounded to that dtype.
+    "two_part"  own chunk and earlier summaries apart, merged: 1 / C as much work for long t, and
+                memory for MAX_SCORES scores at a time (computed once more for the gradients).
+                Plain PyTorch, any device and dtype; its scores are rounded to that dtype.
     "fused"     one Triton kernel forward, two backward, float32 sums: CUDA with the shared memory
                 of an A100 or H100; float32, bfloat16 or float16; chunk_size up to 128 (64 in
                 float32 with e = 128); e one of 16, 32, 64, 128. Opaque to torch.compile, which
@@ -172,25 +174,46 @@ def _two_part(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, offset: int) -> 
 
     k, v = chunked(k), chunked(v)  # (b, g, k, c, e)
     q = chunked(q * e**-0.5).unflatten(1, (-1, r)).transpose(2, 3)  # (b, g, k, r, c, e)
-    late = q[:, :, 1:].flatten(2, 4)  # rows of one matrix: broadcasting would copy k and v
     q = q.flatten(3, 4)  # (b, g, k, r c, e)
-    num_chunks = k.shape[2]
-    rows = torch.arange(max(num_chunks, chunk_size), device=q.device)
-    causal = rows[:, None] >= rows
-    weight, lse = _softmax(q @ k.mT, causal[:chunk_size, :chunk_size].repeat(r, 1))
+    rows = torch.arange(chunk_size, device=q.device)
+    weight, lse = _softmax(q @ k.mT, (rows[:, None] >= rows).repeat(r, 1))
     o = weight.to(v.dtype) @ v
-    if num_chunks > 1:
-        earlier = causal[: num_chunks - 1, None, : num_chunks - 1]  # (k - 1, 1, k - 1)
-        keys, values = k[:, :, :-1, offset], v[:, :, :-1, offset]  # (b, g, k - 1, e)
-        score = (late @ keys.mT).unflatten(2, (num_chunks - 1, -1))  # (b, g, k - 1, r c, k - 1)
-        weight, late_lse = _softmax(score, earlier)
-        late_o = (weight.to(v.dtype).flatten(2, 3) @ values).unflatten(2, (num_chunks - 1, -1))
+    if k.shape[2] > 1:
+        late_o, late_lse = _earlier(q[:, :, 1:], k[:, :, :-1, offset], v[:, :, :-1, offset])
         both = torch.logaddexp(lse[:, :, 1:], late_lse)
         own_part = o[:, :, 1:] * (lse[:, :, 1:] - both).exp()[..., None]
         late_part = late_o * (late_lse - both).exp()[..., None]
         o = torch.cat([o[:, :, :1].to(both.dtype), own_part + late_part], dim=2)
     o = o.unflatten(3, (r, -1)).transpose(2, 3)  # (b, g, r, k, c, e)
     return o.flatten(3, 4).flatten(1, 2)[:, :, :num_rows].to(v.dtype)
+
+
+def _earlier(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """q (b, g, k, r c, e) of k chunks over the summaries (b, g, k, e), chunk i over 0 .. i: output
+    as q, and log-sum-exp (b, g, k, r c). Piece by piece, where the scores are too many for one.
+    """
+    num_chunks = keys.shape[2]
+    size = max(1, MAX_SCORES // (q[:, :, 0].numel() // q.shape[-1] * num_chunks))
+    found = []
+    for first in range(0, num_chunks, size):
+        piece = q[:, :, first : first + size]
+        end = first + piece.shape[2]
+        of_piece = piece, keys[:, :, :end], values[:, :, :end], first
+        if size >= num_chunks:
+            return _piece(*of_piece)
+        found.append(checkpoint(_piece, *of_piece, use_reentrant=False, preserve_rng_state=False))
+    outputs, lses = zip(*found, strict=True)
+    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
+def _piece(q: Tensor, keys: Tensor, values: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """`_earlier` of the chunks from `first` on."""
+    chunks = q.shape[2], q.shape[3]
+    ends = torch.arange(first, first + q.shape[2], device=q.device)
+    seen = ends[:, None, None] >= torch.arange(keys.shape[2], device=q.device)  # (k, 1, s)
+    score = (q.flatten(2, 3) @ keys.mT).unflatten(2, chunks)  # rows of one matrix: no copies of k
+    weight, lse = _softmax(score, seen)
+    return (weight.to(values.dtype).flatten(2, 3) @ values).unflatten(2, chunks), lse
 
 
 def _softmax(score: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

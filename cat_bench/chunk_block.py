@@ -34,7 +34,8 @@ def packed_reference(qkv: Tensor, rope: Rope, num_heads: int, chunk_size: int) -
     Rope tables (t, e/2) of ids that start again from 0 in every chunk.
     """
     q, k, v = _split(qkv, num_heads)
-    o = chunk_attention(rotate(q, rope), rotate(k, rope), v, chunk_size)
+    q, k = rotate(q, rope), rotate(k, rope)
+    o = chunk_attention(q, k, v, chunk_size, implementation="eager")
     return o.transpose(1, 2).flatten(2)
 
 

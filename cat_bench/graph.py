@@ -162,7 +162,9 @@ def packed(weights: Sequence[Tensor]) -> Tensor:
         at += weight.nbytes
     num_rows = sum(len(weight) for weight in weights)
     num_zeros = -num_rows % 16
-    if not in_place:
+    length = (num_rows + num_zeros) * first[0].nbytes
+    ours = first.untyped_storage().nbytes() == length  # of an earlier call, zeros included
+    if not in_place or (num_zeros and not ours):
         with torch.inference_mode(False):  # the weights stay ordinary tensors, fit for training
             zeros = first.detach().new_zeros(num_zeros, *first.shape[1:])
             buffer = torch.cat([*(weight.detach() for weight in weights), zeros])

@@ -26,7 +26,7 @@ from cat_bench.architecture import Tokens
 Implementation = Literal["eager", "triton"]
 
 IGNORE = -100  # as in F.cross_entropy
-CHUNK_TOKENS = 8192  # 0.8 GB of bfloat16 logits; the head's gradient is added up once a chunk
+CHUNK_TOKENS = 8192  # at most: 0.8 GB of bfloat16 logits. The head's gradient adds up once a chunk
 
 
 def next_token_loss(
@@ -63,18 +63,21 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     implementation: Implementation = "eager",
 ) -> Tensor:
     """Mean cross entropy of hidden (b, t, d) @ weight.T (v, d) with targets (b, t).
 
     A scalar, float32 at least. Under autocast the products are in its dtype; softmax and loss are
-    float32, and the gradient of the weight adds up in the weight's own dtype. `implementation`:
+    float32, and the gradient of the weight adds up in the weight's own dtype. `chunk_tokens`: whose
+    logits exist at a time; by default half of all, at most CHUNK_TOKENS. `implementation`:
     "eager" is the specification; "triton" does all between the matmuls in one pass, on a GPU.
     Once differentiable. Raises ValueError where shapes or dtypes do not fit, and for float16.
     """
     if implementation not in ("eager", "triton"):
         raise ValueError(f"implementation must be 'eager' or 'triton', got '{implementation}'.")
+    if chunk_tokens is None:
+        chunk_tokens = max(1, min(CHUNK_TOKENS, (targets.numel() + 1) // 2))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}.")
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[1]:

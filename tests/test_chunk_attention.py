@@ -52,7 +52,7 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, summary: str
 @pytest.mark.parametrize("h, g, t, chunk_size", CASES)
 def test_eager_is_the_definition(h: int, g: int, t: int, chunk_size: int, summary: str) -> None:
     qkv = inputs(h, g, t)
-    o = chunk_attention(*qkv, chunk_size, summary)
+    o = chunk_attention(*qkv, chunk_size, summary, "eager")
     torch.testing.assert_close(o, by_definition(*qkv, chunk_size, summary), rtol=0, atol=1e-13)
 
 
@@ -78,37 +78,56 @@ def test_two_part_gradients(h: int, g: int, t: int, chunk_size: int, summary: st
     )
 
 
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, out.numel() if isinstance(out, Tensor) else 0)
+        return out
+
+
 def test_the_work_of_two_parts_is_that_of_their_scores() -> None:
     """No tensor is larger: keys are not copied for every chunk, nor rows padded to a long one."""
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            largest = max(largest, out.numel() if isinstance(out, Tensor) else 0)
-            return out
-
     h, t, c = 4, 512, 8
     qkv = [x.requires_grad_() for x in inputs(h, 2, t, e=16, b=1)]
-    with Sizes():
+    with Largest() as largest:
         chunk_attention(*qkv, c, "first", "two_part").sum().backward()
-    assert largest <= h * t * (t // c)
-    largest = 0
-    with Sizes():
+    assert largest.numel <= h * t * (t // c)
+    with Largest() as largest:
         chunk_attention(*inputs(1, 1, 8), 10**6, "last", "two_part")
-    assert largest <= 8 * 8 * 2 * 8
+    assert largest.numel <= 8 * 8 * 2 * 8
+
+
+def test_two_parts_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long inputs: as many scores at a time as are allowed, in the backward pass as well."""
+    h, t, c = 2, 96, 4
+    whole = [x.requires_grad_() for x in inputs(h, 1, t)]
+    pieces = [x.detach().clone().requires_grad_() for x in whole]
+    expected = chunk_attention(*whole, c)
+    expected.square().sum().backward()
+    limit = 2 * h * c * 10 * (t // c)  # ten chunks of both sequences
+    monkeypatch.setattr("cat_bench.chunk_attention.MAX_SCORES", limit)
+    with Largest() as largest:
+        o = chunk_attention(*pieces, c)
+        o.square().sum().backward()
+    assert largest.numel <= limit
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-12)
+    for got, right in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(got.grad, right.grad, rtol=0, atol=1e-12)
 
 
 def test_a_mask_of_a_fake_is_not_kept() -> None:
     q, k, v = inputs(1, 1, 19)
     with FakeTensorMode() as mode:
         fakes = (mode.from_tensor(x) for x in (q, k, v))
-        assert chunk_attention(*fakes, 3).shape == q.shape
-    torch.testing.assert_close(
-        chunk_attention(q, k, v, 3), by_definition(q, k, v, 3, "first"), rtol=0, atol=1e-13
-    )
-    assert chunk_attention(*(x.to("meta") for x in (q, k, v)), 3).shape == q.shape
+        assert chunk_attention(*fakes, 3, "first", "eager").shape == q.shape
+    o = chunk_attention(q, k, v, 3, "first", "eager")
+    torch.testing.assert_close(o, by_definition(q, k, v, 3, "first"), rtol=0, atol=1e-13)
+    metas = [x.to("meta") for x in (q, k, v)]
+    assert chunk_attention(*metas, 3, "first", "eager").shape == q.shape
 
 
 def test_numpy_integers_are_chunk_sizes() -> None:
@@ -176,7 +195,7 @@ def test_large_scores_stay_finite(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "two_part"])
 def test_bfloat16_and_autocast(implementation: str) -> None:
     qkv = inputs(2, 1, 37, 16)
-    exact = chunk_attention(*qkv, 4)
+    exact = chunk_attention(*qkv, 4, "first", "eager")
     half = chunk_attention(*(x.bfloat16() for x in qkv), 4, "first", implementation)
     with torch.autocast("cpu", torch.bfloat16):
         cast = chunk_attention(*(x.float() for x in qkv), 4, "first", implementation)

@@ -80,7 +80,10 @@ def test_autocast_multiplies_in_bfloat16_and_adds_in_float32() -> None:
         assert 0 < (grad - known).norm() / known.norm() < 0.02
 
 
-def test_the_logits_never_exist_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk_tokens", "rows"), [(4, [4, 4, 4, 2]), (None, [7, 7])])
+def test_the_logits_never_exist_in_full(
+    chunk_tokens: int | None, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from cat_bench import loss
 
     seen = []
@@ -90,8 +93,8 @@ def test_the_logits_never_exist_in_full(monkeypatch: pytest.MonkeyPatch) -> None
         return losses_reference(logits, *arguments)
 
     monkeypatch.setattr(loss, "losses_reference", counted)
-    linear_cross_entropy(*example(), chunk_tokens=4).backward()
-    assert seen == [(4, 11), (4, 11), (4, 11), (2, 11)]
+    linear_cross_entropy(*example(), chunk_tokens=chunk_tokens).backward()
+    assert seen == [(n, 11) for n in rows]
 
 
 def test_a_target_outside_of_the_vocabulary_is_an_error() -> None:

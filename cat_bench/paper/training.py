@@ -171,6 +171,7 @@ COLUMNS = (
     Column("memory / Dense", ("bytes_ratio",), _times),
     Column("paper (memory)", (CLAIMS[1],), _at_most),
     Column("time / Dense-2D", ("time_2d_ratio", "time_2d_ratio_low", "time_2d_ratio_high"), _times),
+    Column("n", ("n",), whole),
     Column("forward path", ("forward_path",), str),
     TRAINING_COLUMNS[-1],
 )

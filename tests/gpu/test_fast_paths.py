@@ -80,7 +80,6 @@ def test_float32_equals_eager(
     expected = decoded(eager, tokens, prompt_len)
     contract.assert_same(decoded(fast, tokens, prompt_len), expected, path, 1e-5)
     with torch.no_grad():
-        contract.assert_same(fast.forward(tokens), eager.forward(tokens), "forward", 1e-5)
         whole = expected[:, -1], eager.forward(tokens)[:, -1]
     contract.assert_same(*whole, "eager steps against forward", 1e-5)
 
@@ -90,7 +89,9 @@ def test_float32_equals_eager(
 def test_forward_and_gradients_equal_eager(subject: Subject, path: str, dtype: str) -> None:
     """Upstream's kernels multiply float32 in TF32 inside: hence its wider bounds."""
     eager, fast = pair(subject, path, dtype, "forward")
-    bound = {"float32": 5e-3 if path == "upstream" else 1e-4, "bfloat16": 3e-2}[dtype]
+    bounds = {"compile": (1e-5, 1e-2), "upstream": (5e-3, 3e-2)}[path]
+    bound = bounds[dtype == "bfloat16"]
+    of_gradients = max(3 * bound, 9e-2 if dtype == "bfloat16" else 3e-4)
     for num_tokens in (64, 37):
         tokens = subject.tokens(3, num_tokens).cuda()
         outputs = [model.forward(tokens) for model in (fast, eager)]
@@ -103,7 +104,7 @@ def test_forward_and_gradients_equal_eager(subject: Subject, path: str, dtype: s
                 assert not got.grad.any(), name
                 continue
             error = contract.relative_norm(got.grad, expected.grad)
-            assert error < 3 * bound, f"gradient of {name}: {error:.1e}"
+            assert error < of_gradients, f"gradient of {name}: {error:.1e}"
 
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects("forward"))

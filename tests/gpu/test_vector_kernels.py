@@ -99,13 +99,16 @@ def test_a_chain_of_early_launches_keeps_its_order() -> None:
     assert error(expected, slow.float()) < 1e-4
 
 
-@pytest.mark.parametrize("text", ["dense", "cat-8", "gdn-h1", "mamba2", "based"])
-def test_early_launch_changes_no_bit(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """300 captured steps of one sequence: whoever read too early would read the step before."""
+@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize("text", ["dense", "cat-8", "cat-16", "gdn-h1", "mamba2", "based"])
+def test_early_launch_changes_no_bit(
+    text: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 captured steps: whoever read too early would read the step before."""
     info = spec.describe(spec.parse(text).name)
     if info.lacking("decode", "cuda_graph"):
         pytest.skip(f"needs the package {info.requires['cuda_graph']}")
-    token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+    token = torch.arange(batch_size, device="cuda")[:, None]
     tokens = []
     for options in (kernels.early_launch(), {"EARLY": False}):
         for module in (kernels, recurrent_kernels, vector_kernels):
