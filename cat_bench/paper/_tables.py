@@ -62,9 +62,13 @@ def comparison(
     heading: str = "",
     notes: Sequence[str] = (),
 ) -> Table:
-    """The paper's printed cells with ours beside them. `needs`: suites that are not built."""
+    """The paper's printed cells with ours beside them, then the rows that are ours alone. `needs`:
+    suites that are not built.
+    """
     cells = [point for point in published if point.kind == "printed"]
     keys = list(dict.fromkeys((point.row, tuple(point.x.items())) for point in cells))
+    printed = {row for row, _ in keys}
+    keys += [(row, keys[0][1]) for row in dict.fromkeys(r for r, _ in ours) if row not in printed]
     metrics = list(dict.fromkeys(point.metric for point in cells))
     paper = {(p.row, tuple(p.x.items()), p.metric): p for p in cells}
     varied = _varied(keys)
