@@ -34,7 +34,7 @@ pytestmark = [
 ]
 needs_conv1d = pytest.mark.skipif(not HAVE_CONV1D, reason="needs a compiled causal-conv1d")
 
-LENGTHS = [1, 63, 64, 200, 300]  # tokens; upstream's chunks are of 256
+LENGTHS = [1, 63, 64, 200, 600]  # tokens; upstream's chunks are of 256
 D_STATES = [16, 128]
 FORWARD = {"float32": 1e-3, "bfloat16": 2e-2}  # relative norm of the logits
 PATHS = ["cuda_graph", "upstream", "upstream_graph"]
@@ -108,13 +108,16 @@ def test_forward(dtype: str, d_state: int) -> None:
 
 
 @needs_conv1d
-@pytest.mark.parametrize("d_state", D_STATES)
+@pytest.mark.parametrize("d_state", [*D_STATES, 64])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients(d_state: int, autocast: bool) -> None:
+@pytest.mark.parametrize(
+    "num_tokens", [200, 600]
+)  # within a chunk, and through the states of three
+def test_gradients(num_tokens: int, d_state: int, autocast: bool) -> None:
     """Of every parameter; under bfloat16 autocast, as in training, by bfloat16's bound."""
     gradients = []
     for model in models("float32", d_state, forward_path="upstream"):
-        tokens = tokens_of(3, 200)
+        tokens = tokens_of(3, num_tokens)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             logits = model(tokens[:, :-1])
         F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
