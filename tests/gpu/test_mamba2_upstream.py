@@ -110,9 +110,7 @@ def test_forward(dtype: str, d_state: int) -> None:
 @needs_conv1d
 @pytest.mark.parametrize("d_state", [*D_STATES, 64])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(
-    "num_tokens", [200, 600]
-)  # within a chunk, and through the states of three
+@pytest.mark.parametrize("num_tokens", [200, 600])  # one chunk, three chunks
 def test_gradients(num_tokens: int, d_state: int, autocast: bool) -> None:
     """Of every parameter; under bfloat16 autocast, as in training, by bfloat16's bound."""
     gradients = []
