@@ -256,11 +256,17 @@ class Model(LanguageModel):
         """
         return batch_size * sum(self._bytes(self._window_rows(seq_len)))
 
-    def blocks_passed(self, num_tokens: int) -> int:
-        """Those before the last linear layer: windows and convolutions after it read the end only.
-        The pairs of window layers are left out.
-        """
-        return max(0, self.config.pattern.rfind("l"))
+    def looks_back(self, block: nn.Module, num_tokens: int) -> int:
+        c = self.config
+        reach = {LinearLayer: num_tokens, WindowLayer: c.window - 1, ConvLayer: c.conv_kernel - 1}
+        return reach[type(block)]
+
+    def pair_flops(self, num_tokens: int, passing: list[int]) -> float:
+        return sum(
+            4 * self.config.width * pairs_before_last(num_tokens, count, self.config.window)
+            for kind, count in zip(self.config.pattern, passing, strict=True)
+            if kind == "s"
+        )
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix and convolution once, 2 FLOP per weight.

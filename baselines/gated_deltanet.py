@@ -329,13 +329,15 @@ class Model(LanguageModel):
             ),
         )
 
-    def blocks_passed(self, num_tokens: int) -> int:
-        """Those before the last memory: a sliding layer after it reads a window only."""
-        return max(i for i, block in enumerate(self.blocks) if isinstance(block, DeltaBlock))
+    def looks_back(self, block: nn.Module, num_tokens: int) -> int:
+        return num_tokens if isinstance(block, DeltaBlock) else self.config.window - 1
 
-    def pair_flops(self, batch_size: int, num_tokens: int, num_blocks: int) -> float:
-        sliding = num_blocks // 2 if self.config.hybrid else 0
-        return batch_size * sliding * sum(self._ring_flops(n) for n in range(1, num_tokens))
+    def pair_flops(self, num_tokens: int, passing: list[int]) -> float:
+        return sum(
+            4 * self.config.width * pairs_before_last(num_tokens, count, self.config.window)
+            for block, count in zip(self.blocks, passing, strict=True)
+            if not isinstance(block, DeltaBlock)
+        )
 
     def _ring_flops(self, num_tokens: int) -> int:
         """Of one sliding layer, for token number `num_tokens`."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat_bench.architecture import Cost, full_label
 from cat_bench.blocks import HEAD_WIDTH, Attend, check_width
@@ -109,9 +109,8 @@ class Model(Transformer):
         """2 (key, value) x layers x batch x min(window, tokens) x kv width x bytes per element."""
         return batch_size * min(self.config.window, seq_len) * self.row_bytes
 
-    def blocks_passed(self, num_tokens: int) -> int:
-        """None, where the window of the last block does not hold all tokens."""
-        return len(self.blocks) - 1 if num_tokens <= self.config.window else 0
+    def looks_back(self, block: nn.Module, num_tokens: int) -> int:
+        return self.config.window - 1
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix once, 2 FLOP per weight. State: the rows in sight, 4 L D each."""

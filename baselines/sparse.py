@@ -169,9 +169,10 @@ class Model(Transformer):
         """2 (key, value) x layers x batch x (N/S + S) rows x kv width x bytes per element."""
         return batch_size * (seq_len // self.config.stride + self.config.stride) * self.row_bytes
 
-    def blocks_passed(self, num_tokens: int) -> int:
+    def tokens_passing(self, num_tokens: int) -> list[int]:
         """All but two: the last one reads summary rows, which the one before makes of all rows."""
-        return max(0, len(self.blocks) - 2)
+        num_blocks = len(self.blocks)
+        return [num_tokens] * (num_blocks - 2) + [1] * min(2, num_blocks)
 
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """Weights: every matrix once, 2 FLOP per weight. State: the rows that are seen, 4 D L."""

@@ -9,6 +9,7 @@ Shapes: b batch, t tokens, d width, v vocabulary.
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -157,27 +158,36 @@ class LanguageModel(ForwardPath):
 
     def prefill_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """The step of the last token; of the tokens before it the matrices and `pair_flops` of the
-        blocks that all of them must pass. Nobody reads their logits.
+        blocks that they must pass. Nobody reads their logits.
 
         The state is written once. What a recurrence computes is left out: it has several forms.
         """
         last = self.step_costs(batch_size, num_tokens)
-        passed = self.blocks[: self.blocks_passed(num_tokens)]
-        matrices = sum(p.numel() for block in passed for p in block.parameters() if p.dim() > 1)
-        before = 2 * batch_size * (num_tokens - 1) * matrices
-        before += self.pair_flops(batch_size, num_tokens, len(passed))
+        passing = self.tokens_passing(num_tokens)
+        before = self.pair_flops(num_tokens, passing)
+        for block, count in zip(self.blocks, passing, strict=True):
+            matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+            before += 2 * (count - 1) * matrices
+        before *= batch_size
         most = {"state": self.state_bytes(batch_size, num_tokens)}
         once = (c._replace(num_bytes=min(c.num_bytes, most.get(c.part, math.inf))) for c in last)
         return (*once, Cost("tokens before", 0, before))
 
-    def blocks_passed(self, num_tokens: int) -> int:
-        """How many blocks, from the first on, every token of a prompt must pass for the logits of
-        the last: all but the last block, where that one reads all tokens.
+    def tokens_passing(self, num_tokens: int) -> list[int]:
+        """How many tokens of a prompt, its last ones, must pass each block for the logits of the
+        last: one passes the last block, and below a block all that it looks back at.
         """
-        return len(self.blocks) - 1
+        passing = [1]
+        for block in list(self.blocks)[:0:-1]:
+            passing.append(min(num_tokens, passing[-1] + self.looks_back(block, num_tokens)))
+        return passing[::-1]
 
-    def pair_flops(self, batch_size: int, num_tokens: int, num_blocks: int) -> float:
-        """Of the attention layers in the first `num_blocks`, for all tokens but the last."""
+    def looks_back(self, block: nn.Module, num_tokens: int) -> int:
+        """How many tokens before its own a token reads in `block`: all."""
+        return num_tokens
+
+    def pair_flops(self, num_tokens: int, passing: list[int]) -> float:
+        """Of the attention layers, for one sequence: all of `passing` but the last token."""
         return 0
 
 
@@ -273,11 +283,10 @@ class Transformer(LanguageModel):
         kv_width = self.num_kv_heads * HEAD_WIDTH
         return 2 * self.config.num_layers * kv_width * self.head.weight.itemsize
 
-    def pair_flops(self, batch_size: int, num_tokens: int, num_blocks: int) -> float:
-        if num_blocks == 0:
-            return 0
-        steps = (self.step_costs(batch_size, n) for n in range(1, num_tokens))
-        return num_blocks / self.config.num_layers * sum(state.flops for _, state in steps)
+    def pair_flops(self, num_tokens: int, passing: list[int]) -> float:
+        steps = (self.step_costs(1, n) for n in range(1, num_tokens))
+        so_far = [0, *accumulate(state.flops / len(self.blocks) for _, state in steps)]
+        return sum(so_far[-1] - so_far[num_tokens - count] for count in passing)
 
     def costs(self, batch_size: int, num_rows: int) -> tuple[Cost, ...]:
         """A step that sees `num_rows` rows: every matrix once, 2 FLOP per weight; 4 L D per row."""
