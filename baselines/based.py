@@ -54,7 +54,13 @@ from cat_bench.graph import (
 )
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.recurrent_steps import taylor_features
-from cat_bench.window import flex_window_attention, ring_attention, ring_rows, window_attention
+from cat_bench.window import (
+    flex_window_attention,
+    pairs_before_last,
+    ring_attention,
+    ring_rows,
+    window_attention,
+)
 
 # At WikiText-103 scale (paper C.1, E.4): 1 linear + 1 window + 4 convolution layers, and 2 + 2 + 2.
 PRESETS = {

@@ -66,6 +66,7 @@ from cat_bench.upstream import read_settings, to_our_names, to_their_names
 from cat_bench.window import (
     check_ring,
     flex_window_attention,
+    pairs_before_last,
     ring_attention,
     ring_rows,
     window_attention,

@@ -130,6 +130,11 @@ def ring_rows(position: Tensor, num_slots: int) -> Rows:
     )
 
 
+def pairs_before_last(num_tokens: int, count: int, window: int) -> int:
+    """Query-key pairs of the last `count` of `num_tokens` tokens, all of them but the last."""
+    return sum(min(window, n) for n in range(num_tokens - count + 1, num_tokens))
+
+
 def check_ring(end: int, num_rows: int, window: int) -> None:
     """Raises ValueError where token number `end` would push a token in sight out of the ring."""
     if num_rows < window and end > num_rows:
