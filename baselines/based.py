@@ -54,6 +54,7 @@ from cat_bench.graph import (
 )
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.recurrent_steps import taylor_features
+from cat_bench.upstream import require_fla
 from cat_bench.window import flex_window_attention, ring_attention, ring_rows, window_attention
 
 # At WikiText-103 scale (paper C.1, E.4): 1 linear + 1 window + 4 convolution layers, and 2 + 2 + 2.
@@ -487,6 +488,7 @@ def upstream_taylor_attention() -> Taylor:
     through the sequence. Upstream adds 1e-6 to the normaliser, which is 1/2 or more: at most 2e-6
     of a value.
     """
+    require_fla()
     from fla.ops.based import parallel_based
 
     @torch.compiler.disable  # kernels of its own; torch.compile takes what is around them

@@ -418,9 +418,9 @@ def test_cases_that_lack_a_package_are_rows_beside_the_others(
     assert answer.code == 3, answer
     warnings = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
     assert warnings == [
-        "warning: the package a_package_that_is_not_installed is not installed, so cases of "
-        f"{mine} on decode path 'upstream' will be unsupported. "
-        "Install it: pip install a_package_that_is_not_installed"
+        f"warning: cases of {mine} on decode path 'upstream' will be unsupported: they need the "
+        "package a_package_that_is_not_installed, which is not installed. Install it: "
+        "pip install a_package_that_is_not_installed"
     ]
     assert "1 case unsupported; the rows say why." in answer.err and "failed" not in answer.err
     assert "--resume 0001-mixed --retry unsupported" in answer.err and "--timeout" not in answer.err
