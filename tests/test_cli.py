@@ -557,6 +557,21 @@ def test_a_plan_says_where_eager_stands_beside_a_fast_path(cat_bench: Cli, tmp_p
         assert "bound by launches" not in cat_bench("run", "efficiency", *plan, *same).err
 
 
+def test_a_plan_says_where_a_hybrid_has_no_window_of_half_the_length(cat_bench: Cli):
+    flags = ("--seq-len", "1024,1032,4096", "--gpu", "H100", "--dry-run")
+    answer = cat_bench("run", "efficiency", "-a", "gdn-h1", "-a", "swa", *flags)
+    warnings = [line for line in answer.err.splitlines() if "window" in line]
+    assert warnings == [
+        "warning: gdn-h1 at length 4096 has a window of 512 tokens; the paper's is half of the "
+        "length: -a gated_deltanet:hybrid=true,window=2048"
+    ]
+    given = cat_bench("run", "efficiency", "-a", "gdn-h1:window=512", "-a", "gdn", *flags)
+    assert given.code == 0 and "window" not in given.err
+    assert (
+        "window" not in cat_bench("run", "efficiency", "-a", "gdn-h1", "--quick", "--dry-run").err
+    )
+
+
 def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):
     arguments = ("run", "efficiency", "-a", "dense", "--seq-len", "1024", "--device", "cpu")
     answer = cat_bench(*arguments, "--batch-size", "1,1000000", "--dry-run")
