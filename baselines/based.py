@@ -54,6 +54,7 @@ from cat_bench.graph import (
 )
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.recurrent_steps import taylor_features
+from cat_bench.upstream import require_fla
 from cat_bench.window import (
     flex_window_attention,
     pairs_before_last,
@@ -499,6 +500,7 @@ def upstream_taylor_attention() -> Taylor:
     through the sequence. Upstream adds 1e-6 to the normaliser, which is 1/2 or more: at most 2e-6
     of a value.
     """
+    require_fla()
     from fla.ops.based import parallel_based
 
     @torch.compiler.disable  # kernels of its own; torch.compile takes what is around them

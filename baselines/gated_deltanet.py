@@ -62,7 +62,7 @@ from cat_bench.graph import (
     plain_block,
 )
 from cat_bench.language_model import SHORT_PROMPT, LanguageModel
-from cat_bench.upstream import read_settings, to_our_names, to_their_names
+from cat_bench.upstream import read_settings, require_fla, to_our_names, to_their_names
 from cat_bench.window import (
     check_ring,
     flex_window_attention,
@@ -475,6 +475,7 @@ class GatedDeltaNet(nn.Module):
         On top of a memory, fewer than CHUNK tokens go through the recurrence, which multiplies in
         float32 and has no backward.
         """
+        require_fla()
         from fla.modules.convolution import causal_conv1d
         from fla.modules.fused_norm_gate import rms_norm_gated
         from fla.ops.gated_delta_rule import (
@@ -615,6 +616,7 @@ def upstream_rule(
     mixer: GatedDeltaNet, qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, matrix: Tensor
 ) -> Tensor:
     """The same on fla's kernels, which have no way to write the memory where it was read."""
+    require_fla()
     from fla.modules.fused_norm_gate import rms_norm_gated
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
@@ -750,6 +752,7 @@ def upstream_model(model: Model) -> nn.Module:
             f"fla's own model cannot be {c.label}: its attention layer needs flash-attn.",
             "Take gdn instead.",
         )
+    require_fla()
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     config = GatedDeltaNetConfig(**upstream_config(c))

@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cat_bench import spec, store
-from cat_bench.packages import PACKAGES, Package, install_commands, is_installed
+from cat_bench.packages import (
+    CUDA,
+    PACKAGES,
+    Package,
+    install_commands,
+    is_installed,
+    is_within,
+    other_version,
+    version_of,
+)
 from cat_bench.store import digest as digest  # one definition of Record.environment
 from cat_bench.user_code import hash_of
 
@@ -169,20 +178,11 @@ def _cpu_cores() -> int | None:
 def _versions() -> dict[str, Any]:
     build = _torch_build()
     return {
-        "torch": build.get("__version__") or _version("torch"),
+        "torch": build.get("__version__") or version_of("torch"),
         "cuda": build.get("cuda"),  # that torch was built for
-        "triton": _version("triton"),
-        "packages": {name: version for name in VERSIONS_OF if (version := _version(name))},
+        "triton": version_of("triton"),
+        "packages": {name: version for name in VERSIONS_OF if (version := version_of(name))},
     }
-
-
-def _version(distribution: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _torch_build() -> dict[str, Any]:
@@ -319,6 +319,7 @@ def doctor(results: Path = Path("results")) -> list[Check]:
         _check_commit(),
         *from_torch,
         *(_check_package(package) for package in PACKAGES),
+        *_check_gated_gradients(),
         *(_check_paths(info, has_gpu) for info in spec.architectures()),
         *_check_nvml(),
         _check_disk(results),
@@ -348,10 +349,23 @@ def _check_commit() -> Check:
 
 def _check_package(package: Package) -> Check:
     if not is_installed(package.module):
-        detail = f"not installed; needed for: {package.serves}"
+        other = other_version(package.module)
+        why = f"needs {other}" if other else "not installed"
+        detail = f"{why}; needed for: {package.serves}"
         return Check(package.distribution, "warn", detail, package.install)
-    version = _version(package.distribution) or "unknown version"
+    version = version_of(package.distribution) or "unknown version"
     return Check(package.distribution, "ok", version)
+
+
+def _check_gated_gradients() -> list[Check]:
+    """Where Triton compiles them wrongly, fla raises by itself (its issue 640)."""
+    device, triton = nvml_device(), version_of("triton")
+    if device is None or triton is None or not is_within(triton, ">= 3.4, < 3.7.1"):
+        return []
+    if (_query("nvmlDeviceGetCudaComputeCapability", device) or (0,))[0] != 9:
+        return []
+    detail = f"fla refuses them on Hopper GPUs with Triton {triton}: no training on its kernels"
+    return [Check("gated gradients", "warn", detail, CUDA)]
 
 
 def _check_paths(info: spec.ArchitectureInfo, has_gpu: bool) -> Check:
@@ -362,7 +376,10 @@ def _check_paths(info: spec.ArchitectureInfo, has_gpu: bool) -> Check:
     paths += [("forward", path) for path in info.forward_paths]
     packages = {path: info.lacking(*path) for path in paths}
     wants = {
-        f"{kind} {path}": [*lacking, *(["a GPU"] if info.needs_gpu(kind, path) > has_gpu else [])]
+        f"{kind} {path}": [
+            *(other_version(name) or name for name in lacking),
+            *(["a GPU"] if info.needs_gpu(kind, path) > has_gpu else []),
+        ]
         for (kind, path), lacking in packages.items()
     }
     ready = [path for path, wanted in wants.items() if not wanted]
@@ -416,7 +433,7 @@ def _check_torch_and_architectures() -> list[Check]:
     while facts is None or names:
         answers, error = _ask_worker(names)
         if not answers:
-            fix = "pip install -c constraints/cpu.txt -e . (NVIDIA GPU: pip install -e '.[cuda]')"
+            fix = f"pip install -c constraints/cpu.txt -e . (NVIDIA GPU: {CUDA})"
             return [Check("torch", "fail", error, fix)]
         facts, loaded = answers[0], answers[1:]
         checks += [Check(f"architecture {name}", "ok", "loads") for name in loaded]

@@ -10,7 +10,7 @@ from typing import Any
 
 from cat_bench import spec, store
 from cat_bench.errors import UserError
-from cat_bench.packages import install_command
+from cat_bench.packages import install_command, other_version
 
 KINDS = ("architectures", "suites", "exhibits", "runs")
 Entry = dict[str, Any]
@@ -74,7 +74,10 @@ def _default(field: spec.Field) -> Any:
 
 def _readiness(info: spec.ArchitectureInfo, kind: str, path: str) -> str:
     """Whether there is a GPU is not asked here: `doctor` says that."""
-    lacking = [f"{name}: {install_command(name)}" for name in info.lacking(kind, path)]
+    lacking = [
+        f"{other_version(name) or name}: {install_command(name)}"
+        for name in info.lacking(kind, path)
+    ]
     if lacking:
         return f"needs {'; '.join(lacking)}"
     return "ready on a GPU" if info.needs_gpu(kind, path) else "ready"

@@ -18,7 +18,7 @@ from cat_bench import planning, spec, store
 from cat_bench.case import DEFAULT_TIMEOUT_S, Case
 from cat_bench.errors import UserError
 from cat_bench.messages import plural, say, warn
-from cat_bench.packages import install_command, install_commands
+from cat_bench.packages import install_command, install_commands, missing
 
 if TYPE_CHECKING:
     from cat_bench.runner import Progress, Summary
@@ -110,7 +110,7 @@ def retried(text: str) -> frozenset[str]:
 
 
 class Lack(NamedTuple):
-    """A package that is not here, and the path of an architecture that needs it."""
+    """A package that is not here (in any version or a right one), and the path that needs it."""
 
     package: str
     kind: str  # "decode" or "forward"
@@ -128,18 +128,20 @@ def check_machine(planned: Sequence[Case], open_cases: Sequence[Case] | None = N
         return  # nothing will be measured
     _check_gpu(planned)
     asked = [case for case in planned if "reference" not in dict(case.settings)]
-    texts = [f"{uses} needs the package {name}" for name, uses in _by_package(asked).items()]
+    texts = [
+        f"{uses} needs the package {missing(name)}" for name, uses in _by_package(asked).items()
+    ]
     if asked and all(_lacks(way) for way in _ways(asked)):
         lacks = sorted({lack for way in _ways(asked) for lack in _lacks(way)})
         installs = install_commands(lack.package for lack in lacks)
         flags = dict.fromkeys(f"--{lack.kind}-path eager" for lack in lacks)
         raise UserError(
-            f"no case can run here: {'; '.join(texts)}, which is not installed.",
+            f"no case can run here: {'; '.join(texts)}.",
             f"Start a run with {' '.join(flags)}, or install it: {installs}",
         )
     for package, uses in _by_package(planned if open_cases is None else open_cases).items():
         warn(
-            f"the package {package} is not installed, so cases of {uses} will be unsupported. "
+            f"cases of {uses} will be unsupported: they need the package {missing(package)}. "
             f"Install it: {install_command(package)}"
         )
 

@@ -35,6 +35,9 @@ def plan(
     if options.scale == "smoke":
         specs = [_tiny(one) for one in specs]
     cases = planner.plan(specs, options)
+    if options.scale != "smoke":  # sizes there are nobody's
+        for warning in _unlike_windows(specs, {case.seq_len for case in cases}):
+            warn(warning)
     if options.match is None:
         return cases, None
     return planner.plan(_matched(specs, cases, options.match, gpu_name), options), specs[0]
@@ -89,6 +92,26 @@ def _check_path(specs: list[spec.Spec], kind: str, asked: str | None) -> None:
                 f"{one.text} has no {kind} path '{asked}'.{spec.did_you_mean(asked, known)}",
                 f"Its {kind} paths: {', '.join(known)}.",
             )
+
+
+def _unlike_windows(specs: list[spec.Spec], seq_lens: set[int]) -> list[str]:
+    """A warning for each hybrid whose window nobody gave, at lengths of which it is not half, as
+    the paper's is (cat_spec.md 1.7). A few new tokens after a long prompt make no difference.
+    """
+    from cat_bench.architecture import make_config
+
+    warnings = []
+    for one in specs:
+        window = getattr(config := make_config(one), "window", None)
+        if not getattr(config, "hybrid", False) or window is None or "window" in one.given:
+            continue
+        for n in sorted(n for n in seq_lens if abs(2 * window - n) > 0.05 * n):
+            half = replace(one, overrides={**one.overrides, "window": n // 2}).text
+            warnings.append(
+                f"{one.typed} at length {n} has a window of {window} tokens; the paper's is half "
+                f"of the length: -a {half}"
+            )
+    return warnings
 
 
 def _matched(

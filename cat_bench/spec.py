@@ -98,7 +98,7 @@ class ArchitectureInfo:
         return (needed,) if isinstance(needed, str) else tuple(needed)
 
     def lacking(self, kind: str, path: str) -> tuple[str, ...]:
-        """Those of `packages` that are not here. Looks for them, imports nothing."""
+        """Those of `packages` that `is_installed` denies. Looks for them, imports nothing."""
         return tuple(name for name in self.packages(kind, path) if not is_installed(name))
 
     def needs_gpu(self, kind: str, path: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from cat_bench.errors import UserError
-from cat_bench.packages import install_command
+from cat_bench.packages import install_command, other_version
 
 
 @cache
@@ -26,7 +26,7 @@ def import_mamba_ssm(with_conv1d: bool = False, with_transformers: bool = False)
     Triton. So the package is registered without running that file, and where the extension is not
     built an empty module takes its place: Mamba-1, which nothing here uses, would fail.
     Raises UserError where mamba-ssm, `with_conv1d` a compiled causal-conv1d, or `with_transformers`
-    that package, which mamba_ssm.models imports, is missing.
+    that package, which mamba_ssm.models imports, is missing or of another version.
     """
     spec = _require("mamba_ssm", "mamba_ssm")
     if with_conv1d:
@@ -43,11 +43,20 @@ def import_mamba_ssm(with_conv1d: bool = False, with_transformers: bool = False)
         sys.modules["selective_scan_cuda"] = empty
 
 
+@cache
+def require_fla() -> None:
+    """Raises UserError where flash-linear-attention is missing or of another version: older ones
+    take the arguments of ours and compute something else.
+    """
+    _require("fla", "fla")
+
+
 def _require(package: str, module: str) -> ModuleSpec:
-    spec = importlib.util.find_spec(module)
-    if spec is None:
+    spec, other = importlib.util.find_spec(module), other_version(package)
+    if spec is None or other:
+        reason = other or f"{package}, and there is no module '{module}'"
         raise UserError(
-            f"this path of Mamba2 needs the package {package}, and there is no module '{module}'.",
+            f"this path needs the package {reason}.",
             f"Install it: {install_command(package)}",
         )
     return spec

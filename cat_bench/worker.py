@@ -27,7 +27,7 @@ from cat_bench.architecture import Architecture, build, make_config
 from cat_bench.case import Case, Record
 from cat_bench.environment import clock_state
 from cat_bench.errors import UserError
-from cat_bench.packages import install_commands
+from cat_bench.packages import install_commands, missing
 from cat_bench.profiler import is_out_of_memory
 from cat_bench.spec import Spec, describe, parse, resolve
 from cat_bench.suites import load
@@ -117,12 +117,12 @@ def load_weights(case: Case, spec: Spec, model: Architecture) -> None:
 
 
 def _require_packages(spec: Spec, kind: str, path: str) -> None:
-    """A path's missing package is one sentence, not an ImportError from deep inside."""
+    """A path's missing or unfit package is one sentence, not an ImportError from deep inside."""
     lacking = describe(spec.name).lacking(kind, path)
     if lacking:
         raise UserError(
-            f"the {kind} path '{path}' of {spec.text} needs the package {' and '.join(lacking)}, "
-            "which is not installed.",
+            f"the {kind} path '{path}' of {spec.text} needs the package "
+            f"{' and '.join(map(missing, lacking))}.",
             f"Install it: {install_commands(lacking)}",
         )
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from cat_bench import spec
 from cat_bench.architecture import (
@@ -395,6 +396,44 @@ def check_step_costs(subject: Subject) -> None:
         read_one, read_two = (sum(cost.num_bytes for cost in costs) for costs in (one, two))
         assert 0 < read_one <= read_two <= 2 * read_one, "weights are read once for all rows"
     assert generation_flops(model, 1, 8) < generation_flops(model, 1, 16)
+
+
+def check_step_costs_are_those_of_a_step(subject: Subject) -> None:
+    """The last step of every kind: FLOPs near those of its products (what it computes without one,
+    as an outer product, is not counted), bytes between the matrices it reads and all that there is.
+    """
+    model, tokens = subject.model("float32"), subject.tokens(2)
+    state, done = model.init_state(*tokens.shape), {}
+    for num_tokens, token in enumerate(tokens.unbind(1), start=1):
+        counter, products = FlopCounterMode(display=False), Products()
+        with counter, products, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            _, state = model.step(token, state)
+        done[model.step_kind(num_tokens)] = num_tokens, counter.get_total_flops(), products.read
+    weights = storages(list(model.parameters()))
+    most = sum(weights.values()) + 2 * model.state_bytes(*tokens.shape)  # read and written
+    for kind, (num_tokens, counted, read) in done.items():
+        costs = model.step_costs(len(tokens), num_tokens)
+        told = sum(cost.flops for cost in costs)
+        where = f"token {num_tokens}, step kind '{kind}'"
+        assert 0.8 <= counted / told <= 1.05, f"{where}: {told} FLOPs told, {counted} counted"
+        told, least = (
+            sum(c.num_bytes for c in costs),
+            sum(weights[a] for a in weights.keys() & read),
+        )
+        assert least <= told <= most, f"{where}: {told} bytes told, from {least} to {most} moved"
+
+
+class Products(TorchDispatchMode):
+    """`read`: the addresses of what entered a matrix product or a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in flop_registry:
+            self.read |= storages(args).keys()
+        return func(*args, **(kwargs or {}))
 
 
 def check_prefill_costs(subject: Subject) -> None:

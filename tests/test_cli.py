@@ -418,9 +418,9 @@ def test_cases_that_lack_a_package_are_rows_beside_the_others(
     assert answer.code == 3, answer
     warnings = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
     assert warnings == [
-        "warning: the package a_package_that_is_not_installed is not installed, so cases of "
-        f"{mine} on decode path 'upstream' will be unsupported. "
-        "Install it: pip install a_package_that_is_not_installed"
+        f"warning: cases of {mine} on decode path 'upstream' will be unsupported: they need the "
+        "package a_package_that_is_not_installed, which is not installed. Install it: "
+        "pip install a_package_that_is_not_installed"
     ]
     assert "1 case unsupported; the rows say why." in answer.err and "failed" not in answer.err
     assert "--resume 0001-mixed --retry unsupported" in answer.err and "--timeout" not in answer.err
@@ -555,6 +555,21 @@ def test_a_plan_says_where_eager_stands_beside_a_fast_path(cat_bench: Cli, tmp_p
     assert "forward path eager, bound" not in answer.err  # none of them has another here
     for same in (("--decode-path", "eager"), ("--reference-every", "1", "--decode-path", "eager")):
         assert "bound by launches" not in cat_bench("run", "efficiency", *plan, *same).err
+
+
+def test_a_plan_says_where_a_hybrid_has_no_window_of_half_the_length(cat_bench: Cli):
+    flags = ("--seq-len", "1024,1032,4096", "--gpu", "H100", "--dry-run")
+    answer = cat_bench("run", "efficiency", "-a", "gdn-h1", "-a", "swa", *flags)
+    warnings = [line for line in answer.err.splitlines() if "window" in line]
+    assert warnings == [
+        "warning: gdn-h1 at length 4096 has a window of 512 tokens; the paper's is half of the "
+        "length: -a gated_deltanet:hybrid=true,window=2048"
+    ]
+    given = cat_bench("run", "efficiency", "-a", "gdn-h1:window=512", "-a", "gdn", *flags)
+    assert given.code == 0 and "window" not in given.err
+    assert (
+        "window" not in cat_bench("run", "efficiency", "-a", "gdn-h1", "--quick", "--dry-run").err
+    )
 
 
 def test_a_plan_for_the_cpu_is_held_against_host_memory(cat_bench: Cli):

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from cat_bench import environment, store
+from cat_bench import environment, packages, store
 
 H200 = {
     "gpu_name": "NVIDIA H200",
@@ -291,6 +291,27 @@ def test_doctor_tells_a_missing_energy_counter(gpu):
     assert [check.status for check in environment._check_nvml()] == ["ok", "ok"]
     gpu.nvmlDeviceGetTotalEnergyConsumption = refuse
     assert [check.status for check in environment._check_nvml()] == ["ok", "warn"]
+
+
+def test_doctor_tells_a_package_of_another_version(monkeypatch):
+    triton = environment.Package("json", "triton", "kernels", "pip install it", ">= 3.4")
+    monkeypatch.setitem(packages.BY_MODULE, "json", triton)
+    monkeypatch.setattr(packages, "version_of", lambda name: "3.3.1")
+    check = environment._check_package(triton)
+    assert check.detail == "needs triton >= 3.4, found 3.3.1; needed for: kernels"
+    assert (check.status, check.fix) == ("warn", "pip install it")
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "warned"),
+    [("3.6.0", (9, 0), True), ("3.7.1", (9, 0), False), ("3.6.0", (8, 0), False)],
+)
+def test_doctor_tells_where_gated_gradients_are_refused(
+    gpu, monkeypatch, triton, capability, warned
+):
+    gpu.nvmlDeviceGetCudaComputeCapability = lambda device: capability
+    monkeypatch.setattr(environment, "version_of", lambda name: triton)
+    assert [check.status for check in environment._check_gated_gradients()] == ["warn"] * warned
 
 
 def test_doctor_gives_the_install_command_of_a_missing_package():

@@ -213,6 +213,28 @@ class DenseCostsOfOneRow(dense.Model):
         return super().step_costs(1, num_tokens)
 
 
+class DenseStepFlopsTenfold(dense.Model):
+    flops, num_bytes = 10.0, 1.0
+
+    def step_costs(self, batch_size: int, num_tokens: int):
+        return tuple(
+            Cost(cost.part, self.num_bytes * cost.num_bytes, self.flops * cost.flops)
+            for cost in super().step_costs(batch_size, num_tokens)
+        )
+
+
+class DenseStepFlopsATenth(DenseStepFlopsTenfold):
+    flops = 0.1
+
+
+class DenseStepBytesTenfold(DenseStepFlopsTenfold):
+    flops, num_bytes = 1.0, 10.0
+
+
+class DenseStepBytesATenth(DenseStepBytesTenfold):
+    num_bytes = 0.1
+
+
 class DensePromptAsTraining(dense.Model):
     """Counts the logits and the last block of every token, which a prefill may leave out."""
 
@@ -241,6 +263,7 @@ class DenseOtherHidden(dense.Model):
 
 LATER, STEPS = "later_tokens_change_no_earlier_logits", "prefill_and_steps_equal_forward"
 ALLOCATION, SEGMENTS = "state_bytes_equal_the_allocation", "segments_equal_one_prefill"
+COSTS = "step_costs_are_those_of_a_step"
 
 # fault -> checks that must report it
 FAULTS: dict[type, tuple[str, ...]] = {
@@ -268,6 +291,10 @@ FAULTS: dict[type, tuple[str, ...]] = {
     DenseRoughArithmetic: ("low_precision",),
     DenseMiscountedParameters: ("parameter_counts",),
     DenseCostsOfOneRow: ("step_costs",),
+    DenseStepFlopsTenfold: (COSTS,),
+    DenseStepFlopsATenth: (COSTS,),
+    DenseStepBytesTenfold: (COSTS,),
+    DenseStepBytesATenth: (COSTS,),
     DensePromptAsTraining: ("prefill_costs",),
     DenseOtherHidden: ("head_of_hidden_equals_forward",),
     DenseOtherPath: ("declared_paths_and_label",),

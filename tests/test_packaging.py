@@ -11,8 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from cat_bench import __version__, spec
+from cat_bench import __version__, packages, spec
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -188,6 +190,21 @@ def test_metadata_says_what_the_code_needs():
     assert project["scripts"] == {"cat-bench": "cat_bench.cli:main"}
     assert set(project["optional-dependencies"]) == {"cuda", "eval", "dev"}
     assert (ROOT / "constraints" / "cpu.txt").read_text().strip() == "torch==2.13.0"
+
+
+def test_constraints_and_extras_give_versions_that_will_do():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    extras = {
+        one.name: one.specifier for one in map(Requirement, [*extras["cuda"], *extras["eval"]])
+    }
+    needs = {one.distribution: one.needs for one in packages.PACKAGES}
+    needs |= {one.core: one.needs for one in packages.PACKAGES if one.core}
+    for name in extras.keys() & needs.keys():
+        assert extras[name] == SpecifierSet(needs[name]), name
+    for line in (ROOT / "constraints" / "cuda.txt").read_text().splitlines():
+        name, version = line.split("==")
+        assert extras.get(name, SpecifierSet(needs.get(name, ""))).contains(version), line
+    assert packages.CUDA in README
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
-from cat_bench.packages import install_command, is_installed
+from cat_bench.packages import install_command, is_installed, missing
 from cat_bench.spec import Spec, describe, parse, tiny
 from cat_bench.suites import efficiency
 
@@ -160,8 +160,7 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
         )
     if implementation not in PLAIN and not is_installed("triton"):
         raise UserError(
-            f"the implementation '{implementation}' needs the package triton, which is not "
-            "installed.",
+            f"the implementation '{implementation}' needs the package {missing('triton')}.",
             f"Install it: {install_command('triton')}",
         )
     shape = shape_of(parse(case.arch).name, model.config, case.seq_len)

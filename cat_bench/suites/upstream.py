@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
-from cat_bench.packages import install_command, is_installed
+from cat_bench.packages import install_command, is_installed, missing
 from cat_bench.spec import ArchitectureInfo, Spec, architectures, describe, parse
 from cat_bench.suites import efficiency
 
@@ -142,8 +142,7 @@ def _check_kernels(case: Case, info: ArchitectureInfo) -> None:
     for package in sorted(packages):
         if not is_installed(package):
             raise UserError(
-                f"the upstream program of {case.arch} needs the package {package}, "
-                "which is not installed.",
+                f"the upstream program of {case.arch} needs the package {missing(package)}.",
                 f"Install it: {install_command(package)}",
             )
     if packages and case.device != "cuda":
