@@ -335,7 +335,14 @@ def architectures() -> list[ArchitectureInfo]:
 
     Raises UserError where two things would have one name: the second could never be asked for.
     """
-    found = [_read_architecture(name, path) for name, path in _own_files().items()]
+    files = _own_files().items()
+    return list(_read_all(tuple((name, path, path.stat().st_mtime_ns) for name, path in files)))
+
+
+@cache
+def _read_all(files: tuple[tuple[str, Path, int], ...]) -> list[ArchitectureInfo]:
+    """An edited file, of another time, is read again; a plan asks a thousand times."""
+    found = [_read_architecture(name, path) for name, path, _ in files]
     owners = {info.name: info.path for info in found}
     for info in found:
         for preset in info.presets:
