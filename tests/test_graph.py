@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from cat_bench.architecture import build
 from cat_bench.blocks import Block
@@ -45,3 +46,12 @@ def test_the_reference_reads_both_ranges_and_its_own_row_only() -> None:
 def test_a_fast_path_in_float64_is_refused() -> None:
     with pytest.raises(UserError, match="float32"):
         build(parse("dense"), "cuda_graph", "meta", "float64")
+
+
+def test_what_lies_behind_weights_is_not_taken_for_their_zeros() -> None:
+    """Two weights in a row of a larger buffer, 8 rows together: packed asks for 8 of zeros."""
+    flat = torch.ones(80)
+    weights = [nn.Parameter(flat[:12].view(3, 4)), nn.Parameter(flat[12:32].view(5, 4))]
+    both = packed(weights)
+    assert both.shape == (16, 4) and both[:8].eq(1).all() and both[8:].eq(0).all()
+    assert packed(weights).data_ptr() == both.data_ptr()  # and they stay where they are now

@@ -160,14 +160,8 @@ def test_rows_are_those_of_a_step_launched_from_python(name: str) -> None:
 
 
 WAITS = '''"""Dense, and a forward pass that asks the GPU for a number."""
-from dataclasses import dataclass
 from baselines import dense
-
-@dataclass(frozen=True)
-class Config(dense.Config):
-    width: int = 64
-    num_layers: int = 1
-    vocab_size: int = 64
+from baselines.dense import Config
 
 class Model(dense.Model):
     def hidden(self, tokens):
@@ -180,8 +174,9 @@ def test_a_step_that_waits_for_the_gpu_is_unsupported_in_one_sentence(tmp_path: 
     """In a process of its own: a broken capture leaves the allocator of its process broken."""
     mine = tmp_path / "mine.py"
     mine.write_text(WAITS)
+    spec = f"{mine}:num_layers=1,vocab_size=64,width=64"
     command = [
-        *(sys.executable, "-m", "cat_bench", "run", "training", "-a", str(mine)),
+        *(sys.executable, "-m", "cat_bench", "run", "training", "-a", spec),
         *("--device", "cuda", "--seq-len", "32", "--batch-size", "2", "--repeats", "1"),
         *("--forward-path", "eager", "--results", str(tmp_path / "results"), "--step-path"),
     ]
