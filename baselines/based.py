@@ -56,6 +56,8 @@ from cat_bench.language_model import SHORT_PROMPT, LanguageModel
 from cat_bench.recurrent_steps import taylor_features
 from cat_bench.upstream import require_fla
 from cat_bench.window import (
+    WindowAttention,
+    fast_window_attention,
     flex_window_attention,
     pairs_before_last,
     ring_attention,
@@ -376,14 +378,14 @@ class WindowLayer(Block):
         self.window = config.window
 
     def forward(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        attend = call.attend if cache is None else self.ring(call, cache)
+        attend = call.attend if cache is None else self.ring(call, cache, window_attention)
         return super().forward(x, call.rope, attend)
 
     def fast(self, x: Tensor, call: Call, cache: tuple[Tensor, Tensor]) -> Tensor:
-        return fast_block(self, x, call.rope, self.ring(call, cache))
+        return fast_block(self, x, call.rope, self.ring(call, cache, fast_window_attention))
 
-    def ring(self, call: Call, cache: tuple[Tensor, Tensor]) -> Attend:
-        return lambda q, k, v: ring_attention(q, k, v, *cache, call.start, self.window)
+    def ring(self, call: Call, cache: tuple[Tensor, Tensor], attend: WindowAttention) -> Attend:
+        return lambda q, k, v: ring_attention(q, k, v, *cache, call.start, self.window, attend)
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
         return block_step(self, x, *cache, rows, rope)

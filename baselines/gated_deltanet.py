@@ -67,6 +67,7 @@ from cat_bench.window import (
     check_ring,
     flex_window_attention,
     pairs_before_last,
+    prompt_attention,
     ring_attention,
     ring_rows,
     window_attention,
@@ -237,7 +238,7 @@ class Model(LanguageModel):
         rope = rope_table(torch.arange(start, end, device=tokens.device), c.rope_base)
         memories = zip(state.matrices, state.inputs, strict=True)
         rings = zip(state.keys, state.values, strict=True)
-        eager = self.decode_path == "eager"
+        eager, in_window = self.decode_path == "eager", prompt_attention(self.decode_path)
         read_delta, read_sliding = (
             (read_block, plain_block) if eager else (fast_delta_block, fast_block)
         )
@@ -249,7 +250,7 @@ class Model(LanguageModel):
                 keys, values = next(rings)
 
                 def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
-                    return ring_attention(q, k, v, keys, values, start, c.window)
+                    return ring_attention(q, k, v, keys, values, start, c.window, in_window)
 
                 x = read_sliding(block, x, rope, attend)
         return self.head(self.norm(x[:, -1])), state._replace(num_tokens=end)

@@ -28,6 +28,7 @@ from cat_bench.language_model import Transformer, check_counts
 from cat_bench.window import (
     check_ring,
     flex_window_attention,
+    prompt_attention,
     ring_attention,
     ring_rows,
     window_attention,
@@ -100,7 +101,8 @@ class Model(Transformer):
     def attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
     ) -> Tensor:
-        return ring_attention(q, k, v, keys, values, start, self.config.window)
+        attend = prompt_attention(self.decode_path)
+        return ring_attention(q, k, v, keys, values, start, self.config.window, attend)
 
     def check_room(self, end: int, state: State) -> None:
         check_ring(end, state.keys.shape[3], self.config.window)

@@ -18,6 +18,8 @@ from cat_bench.blocks import Attend, attention, causal_attention
 from cat_bench.errors import require_cuda
 from cat_bench.graph import Rows
 
+WindowAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (q, k, v, window) -> as q
+
 # Queries in one attention call: enough for small windows to fill the device, and not so many that
 # the mask of a block gets large (38 MB at a window of 16,384).
 MIN_QUERIES, MAX_QUERIES = 512, 2048
@@ -42,6 +44,33 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         mask = window_mask(block.shape[2], end - first, window, q.device)
         outputs.append(attention(block, k[:, :, first:end], v[:, :, first:end], mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def prompt_attention(decode_path: str) -> WindowAttention:
+    """What reads the windows of a prompt: as eager has it, or on a fast path in one launch."""
+    return window_attention if decode_path == "eager" else fast_window_attention
+
+
+def fast_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same for prompts of the fast decode paths, without gradients.
+
+    By the dtype: FlashAttention takes 16 bits and no others, float32 stays in blocks of queries.
+    """
+    if q.dtype.itemsize > 2:
+        return window_attention(q, k, v, window)
+    return flash_window_attention(q, k, v, window)
+
+
+def flash_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same in one launch of PyTorch's FlashAttention, which knows windows and grouped heads but
+    is called so by no public function: no mask, no tile out of sight, queries the last rows.
+    """
+    o, *_ = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in (q, k, v)),  # (b, t, h, e)
+        None, None, q.shape[2], k.shape[2], 0.0, False, False,  # no packing, no dropout
+        window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return o.transpose(1, 2)
 
 
 @lru_cache(maxsize=4)
@@ -85,7 +114,14 @@ def flex_window_attention(num_tokens: int, window: int, device: torch.device) ->
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    window: int,
+    attend: WindowAttention = window_attention,
 ) -> Tensor:
     """Attend from tokens start, start + 1, ... and put their rows into the ring, in place.
 
@@ -98,9 +134,13 @@ def ring_attention(
         keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]
         filled = min(start + 1, slots)
         return attention(q, keys[:, :, :filled], values[:, :, :filled])
-    past = min(start, window - 1)
-    old_k, old_v = (last_rows(ring, start, past) for ring in (keys, values))
-    o = window_attention(q, torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2), window)
+    past, all_k, all_v = min(start, window - 1), k, v
+    if past:  # a first prompt, which may be long, is not copied
+        all_k, all_v = (
+            torch.cat([last_rows(ring, start, past), new], dim=2)
+            for ring, new in ((keys, k), (values, v))
+        )
+    o = attend(q, all_k, all_v, window)
     write_rows(keys, k, start)
     write_rows(values, v, start)
     return o

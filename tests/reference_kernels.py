@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cat_bench
-from cat_bench import graph, recurrent_steps
+from cat_bench import graph, recurrent_steps, window
 from cat_bench.blocks import Rope, rotate
 from cat_bench.cat import chunk_rows_reference
 from cat_bench.chunk_attention import chunk_mask
@@ -135,6 +135,7 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
 
 
 def install_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "flash_window_attention", window.window_attention)
     kernels = SimpleNamespace(
         chunk_rows=chunk_rows_reference,
         decode_attention=decode_attention,

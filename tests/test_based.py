@@ -390,8 +390,8 @@ def test_a_ring_off_by_one_is_seen(shift: int, monkeypatch: pytest.MonkeyPatch) 
     ring_attention = based.ring_attention
 
     def shifted(*args: object) -> Tensor:
-        *same, start, window = args
-        return ring_attention(*same, start, window + shift)
+        *same, window, attend = args
+        return ring_attention(*same, window + shift, attend)
 
     monkeypatch.setattr(based, "ring_attention", shifted)
     with pytest.raises(AssertionError):

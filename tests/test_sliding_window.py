@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from baselines import dense, sliding_window
-from cat_bench import spec
+from cat_bench import blocks, spec
 from cat_bench import window as window_module
 from cat_bench.architecture import Architecture, build, generation_flops
 
@@ -118,6 +118,32 @@ def test_blocks_of_the_real_size() -> None:
         assert_same(
             window_module.window_attention(q, k, v, window), naive_attention(q, k, v, window)
         )
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("past", [0, 9])
+def test_flash_is_asked_for_the_window(
+    past: int, num_kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel needs a GPU; here its arguments, by what they mean, and the operator's own."""
+    op = torch.ops.aten._flash_attention_forward
+
+    def flash(q, k, v, _q, _k, max_q, max_k, dropout, causal, debug, **window) -> tuple:
+        assert (max_q, max_k, dropout, causal) == (q.shape[1], k.shape[1], 0.0, False)
+        meta = (x.to("meta", torch.bfloat16) for x in (q, k, v))
+        assert op(*meta, _q, _k, max_q, max_k, dropout, causal, debug, **window)[0].shape == q.shape
+        back = torch.arange(max_k)[max_k - max_q :, None] - torch.arange(max_k)
+        seen = (back <= window["window_size_left"]) & (-back <= window["window_size_right"])
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return blocks.attention(*heads, seen).transpose(1, 2), None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(2, 2, 21, 64, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, num_kv_heads, past + 21, 64, generator=generator, dtype=q.dtype)
+    for window in (1, 5, 40):
+        got = window_module.flash_window_attention(q, k, v, window)
+        assert_same(got, window_module.window_attention(q, k, v, window))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])
