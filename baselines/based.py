@@ -16,8 +16,8 @@ convolutions take none. Heads of window layers are 64 wide; `num_heads` splits t
 State: the sums are kept in float32 at least, in a model of any dtype and under autocast; the rest
 in the model's dtype.
 Decode path cuda_graph: a token on Triton kernels, captured, and so is each of a short prompt; a
-longer one with the eager linear attention, whose chunks are batched, between fused norms, SwiGLU,
-rotation and convolution.
+longer one with fused norms, SwiGLU, rotation and convolution around one kernel of linear attention
+per layer. That multiplies in 16 bits: float32, and a feature_dim above 16, keep the eager chunks.
 
 Shapes: b batch, t tokens, d width, h heads, e head width, f feature_dim, p features (1 + f + f^2),
 s cache rows, u channels of the convolution (2 d), i its kernel, n chunks, c chunk, v words.
@@ -363,7 +363,17 @@ class LinearLayer(Layer):
                 old.copy_(new)
         return y.transpose(1, 2).flatten(2)
 
-    fast_mix = mix
+    def fast_mix(self, qkv: Tensor, call: Call, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """By dtype and features: in 16 bits one kernel, whose products are of that dtype; float32
+        and more than 16 features as eager has them, chunk by chunk.
+        """
+        from cat_bench import recurrent_kernels
+
+        q, k, v = qkv.split(self.parts, dim=-1)
+        wide = q.shape[-1] // self.heads > recurrent_kernels.TAYLOR_ROW_FEATURES
+        if wide or v.dtype.itemsize > 2:
+            return self.mix(qkv, call, cache)
+        return recurrent_kernels.taylor_rows(q, k, v, *cache)
 
     def step(self, x: Tensor, rows: Rows, rope: Rope, cache: tuple[Tensor, Tensor]) -> Tensor:
         from cat_bench import recurrent_kernels

@@ -197,6 +197,116 @@ def _taylor_step_kernel(
     tl.store(out_ptr + program * E + e, out, mask=in_e)
 
 
+TAYLOR_ROWS = 32  # tokens read together: their mutual weights are formed, across them the sums
+TAYLOR_ROW_FEATURES = 16  # widest q and k of `taylor_rows`, whose squares are held in registers
+
+
+def taylor_rows(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> Tensor:
+    """`taylor_step` for any number of tokens in one launch, with matrix products in v's dtype.
+
+    q, k (b, t, h f), v (b, t, h e): columns of one tensor, last dimension contiguous, f at most
+    TAYLOR_ROW_FEATURES; sums (b, h, p, e), norms (b, h, p), float32, contiguous, changed in place.
+    Returns (b, t, h e) in v's dtype.
+    """
+    (batch_size, num_heads, _, width), (_, num_tokens, features) = sums.shape, q.shape
+    feature_dim = features // num_heads
+    assert feature_dim <= TAYLOR_ROW_FEATURES, f"got {feature_dim} features"
+    assert q.stride() == k.stride() == v.stride(), "q, k and v must be parts of one tensor"
+    block_e = max(16, min(64, triton.next_power_of_2(width)))
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    norms_after = torch.empty_like(norms)  # the old ones are read by every block of columns
+    _taylor_rows_kernel[(batch_size * num_heads, triton.cdiv(width, block_e))](
+        q, k, v, sums, norms, norms_after, out, num_tokens, v.stride(0), v.stride(1),
+        feature_dim**-0.25,
+        HEADS=num_heads, F=feature_dim, E=width, F_PAD=TAYLOR_ROW_FEATURES, BLOCK_E=block_e,
+        ROWS=TAYLOR_ROWS, num_warps=8,
+    )  # fmt: skip
+    norms.copy_(norms_after)
+    return out
+
+
+@triton.jit
+def _taylor_rows_kernel(
+    q_ptr, k_ptr, v_ptr, sums_ptr, norms_ptr, norms_after_ptr, out_ptr, num_tokens, stride_b,
+    stride_t, scale,
+    HEADS: tl.constexpr, F: tl.constexpr, E: tl.constexpr, F_PAD: tl.constexpr,
+    BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence, BLOCK_E columns of its values, front to back.
+
+    phi(x) = (1, x, x (x) x / sqrt 2): the sums are held in these three parts, 0, 1 and 2, the last
+    with F_PAD^2 rows, of the norms as a matrix. Features that are padding are zeros.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    b, head = program // HEADS, program % HEADS
+    i, pair = tl.arange(0, F_PAD), tl.arange(0, F_PAD * F_PAD)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    in_f, in_e = i < F, e < E
+    in_pair = (pair // F_PAD < F) & (pair % F_PAD < F)
+    row_1, row_2, squares = 1 + i, 1 + F + pair // F_PAD * F + pair % F_PAD, 1 + F + i * F
+    q_ptr += b * stride_b + head * F + i
+    k_ptr += b * stride_b + head * F + i
+    v_ptr += b * stride_b + head * E + e
+    out_ptr += (b * num_tokens * HEADS + head) * E + e
+    sums_ptr += program * ((1 + F + F * F) * E) + e
+    norms_ptr += program * (1 + F + F * F)
+    norms_after_ptr += program * (1 + F + F * F)
+    inside_1, inside_2 = in_f[:, None] & in_e, in_pair[:, None] & in_e
+
+    sums_0 = tl.load(sums_ptr, mask=in_e, other=0.0)
+    sums_1 = tl.load(sums_ptr + row_1[:, None] * E, mask=inside_1, other=0.0)
+    sums_2 = tl.load(sums_ptr + row_2[:, None] * E, mask=inside_2, other=0.0)
+    norm_0 = tl.load(norms_ptr)
+    norm_1 = tl.load(norms_ptr + row_1, mask=in_f, other=0.0)
+    norm_2 = tl.load(norms_ptr + squares[:, None] + i, mask=in_f[:, None] & in_f, other=0.0)
+
+    row = tl.arange(0, ROWS)
+    causal = row[:, None] >= row
+    for start in range(0, num_tokens, ROWS):
+        token = (start + row).to(tl.int64)
+        told = token < num_tokens
+        in_x, at = told[:, None] & in_f, token[:, None] * stride_t
+        q = tl.load(q_ptr + at, mask=in_x, other=0.0).to(tl.float32) * scale
+        k = tl.load(k_ptr + at, mask=in_x, other=0.0).to(tl.float32) * scale
+        v = tl.load(v_ptr + at, mask=told[:, None] & in_e, other=0.0)
+        q_1, k_1 = q.to(v.dtype), k.to(v.dtype)
+        q_2 = _squares(q, ROWS, F_PAD)
+        k_2 = _squares(k, ROWS, F_PAD)
+
+        s = tl.dot(q_1, tl.trans(k_1), input_precision="ieee")
+        weights = tl.where(causal, 1.0 + s + 0.5 * s * s, 0.0)  # rows past the end come after all
+        top = tl.dot(weights.to(v.dtype), v, input_precision="ieee") + sums_0
+        top = tl.dot(q_1, sums_1.to(v.dtype), top, input_precision="ieee")
+        top = tl.dot(q_2.to(v.dtype), sums_2.to(v.dtype), top, input_precision="ieee")
+        bottom = tl.sum(weights, 1) + norm_0
+        read_2 = tl.dot(q, norm_2, input_precision="ieee") * 0.7071067811865476  # (rows, f)
+        bottom += tl.sum(q * (norm_1 + read_2), 1)
+        out = (top / bottom[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token[:, None] * (HEADS * E), out, mask=told[:, None] & in_e)
+
+        sums_0 += tl.sum(v.to(tl.float32), 0)
+        sums_1 = tl.dot(tl.trans(k_1), v, sums_1, input_precision="ieee")
+        sums_2 = tl.dot(tl.trans(k_2.to(v.dtype)), v, sums_2, input_precision="ieee")
+        norm_0 += tl.sum(told.to(tl.float32), 0)
+        norm_1 += tl.sum(k, 0)
+        norm_2 += tl.dot(tl.trans(k), k * 0.7071067811865476, input_precision="ieee")
+
+    tl.store(sums_ptr, sums_0, mask=in_e)
+    tl.store(sums_ptr + row_1[:, None] * E, sums_1, mask=inside_1)
+    tl.store(sums_ptr + row_2[:, None] * E, sums_2, mask=inside_2)
+    if tl.program_id(1) == 0:
+        tl.store(norms_after_ptr, norm_0)
+        tl.store(norms_after_ptr + row_1, norm_1, mask=in_f)
+        tl.store(norms_after_ptr + squares[:, None] + i, norm_2, mask=in_f[:, None] & in_f)
+
+
+@triton.jit
+def _squares(x, ROWS: tl.constexpr, F_PAD: tl.constexpr):
+    """x (x) x / sqrt 2 of every row: (rows, f) -> (rows, f^2)."""
+    squares = x[:, :, None] * (x * 0.7071067811865476)[:, None, :]
+    return tl.reshape(squares, [ROWS, F_PAD * F_PAD])
+
+
 # --- gated delta rule (baselines/gated_deltanet.py) ----------------------------------------------
 
 DELTA_COLUMNS = 32  # value columns of the memory a program holds: rows of 128 bytes in float32

@@ -50,6 +50,12 @@ def taylor_step_reference(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: 
     return y.flatten(-2).to(v.dtype)
 
 
+def taylor_rows_reference(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> Tensor:
+    """The same for any number of tokens: q, k (b, t, h f), v (b, t, h e) -> as v."""
+    tokens = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+    return torch.stack([taylor_step_reference(*token, sums, norms) for token in tokens], dim=1)
+
+
 def taylor_features(x: Tensor) -> Tensor:
     """phi(x) = (1, x, x (x) x / sqrt 2) of x / f^(1/4): phi(q).phi(k) = 1 + s + s^2 / 2 for
     s = q.k / sqrt(f). (..., f) -> (..., 1 + f + f^2).

@@ -151,6 +151,8 @@ def install_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         delta_step=recurrent_steps.delta_step_reference,
         gated_rms_norm=recurrent_steps.gated_rms_norm_reference,
         ssm_step=recurrent_steps.ssm_step_reference,
+        taylor_rows=recurrent_steps.taylor_rows_reference,
+        TAYLOR_ROW_FEATURES=16,
         taylor_step=recurrent_steps.taylor_step_reference,
     )
     chunk_kernels = SimpleNamespace(forward=chunk_forward, backward=chunk_backward)

@@ -353,6 +353,26 @@ def test_fast_prompts_and_steps_equal_eager(
     assert_same(got, expected, "prompts and steps")
 
 
+@pytest.mark.parametrize("feature_dim", [4, 20])
+def test_prompts_of_16_bits_have_kernels_of_their_own(
+    feature_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 16 features; float32, float64 and more features are the eager chunks'."""
+    reference_kernels.install(monkeypatch, based)
+    model = make("clscl", feature_dim=feature_dim).bfloat16()
+    tokens, calls = random_tokens(60), []
+    original = based.LinearLayer.mix
+    monkeypatch.setattr(
+        based.LinearLayer, "mix", lambda *args: (calls.append(1), original(*args))[1]
+    )
+    expected, _ = contract.decode(model, tokens, (20, 30))
+    monkeypatch.setattr(model, "decode_path", "cuda_graph")
+    calls.clear()
+    got, _ = contract.decode(model, tokens, (20, 30))
+    assert contract.relative_norm(got, expected) < 3e-2
+    assert len(calls) == (0 if feature_dim == 4 else 4)  # two layers, two prompts
+
+
 def test_a_short_prompt_goes_through_the_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """It must not need the memory of a prompt's kernels: those are not called."""
     reference_kernels.install(monkeypatch, based)
