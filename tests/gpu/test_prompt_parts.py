@@ -76,6 +76,53 @@ def test_windows_in_blocks(dtype: torch.dtype, size: int, num_tokens: int, past:
     assert contract.relative_norm(got, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize(("num_tokens", "past"), [(5000, 0), (2500, 0), (3000, 700), (40, 511)])
+@pytest.mark.parametrize("size", [1, 64, 512, 6000])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_windows_by_flash(num_kv_heads: int, size: int, num_tokens: int, past: int) -> None:
+    """q, k and v as a prompt's matmul leaves them: heads lie side by side in a row."""
+    torch.manual_seed(0)
+    heads = 4 + 2 * num_kv_heads
+    qkv = torch.randn(3, past + num_tokens, heads, 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = qkv.transpose(1, 2).split([4, num_kv_heads, num_kv_heads], dim=1)
+    q = q[:, :, past:]
+    got = window.fast_window_attention(q, k, v, size)
+    expected = window.window_attention(q.float(), k.float(), v.float(), size)
+    assert got.dtype == torch.bfloat16
+    assert contract.relative_norm(got, expected) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_heads", "feature_dim", "width"),
+    [(2, 16, 16, 64), (1, 3, 4, 32), (3, 2, 8, 48), (2, 2, 16, 128)],
+)
+@pytest.mark.parametrize("num_tokens", [1, 17, 32, 33, 2500])
+def test_linear_attention_in_one_kernel(
+    num_tokens: int, batch_size: int, num_heads: int, feature_dim: int, width: int
+) -> None:
+    """On an empty state, then on the one that it left; against float64."""
+    recurrent_kernels = pytest.importorskip(
+        "cat_bench.recurrent_kernels", reason="needs the package triton"
+    )
+    torch.manual_seed(0)
+    parts = [num_heads * feature_dim, num_heads * feature_dim, num_heads * width]
+    features = 1 + feature_dim + feature_dim**2
+    state = [
+        torch.zeros(batch_size, num_heads, features, *e, device="cuda") for e in ((width,), ())
+    ]
+    expected_state = [buffer.double() for buffer in state]
+    for length in (num_tokens, 77):
+        qkv = torch.randn(batch_size, length, sum(parts), device="cuda").bfloat16()
+        q, k, v = qkv.split(parts, dim=-1)
+        got = recurrent_kernels.taylor_rows(q, k, v, *state)
+        heads = (x.double().unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        expected, *expected_state = based.taylor_attention(*heads, *expected_state)
+        assert got.dtype == torch.bfloat16
+        assert contract.relative_norm(got, expected.transpose(1, 2).flatten(2)) < 5e-3
+        for buffer, reference, bound in zip(state, expected_state, (5e-3, 1e-5), strict=True):
+            assert contract.relative_norm(buffer, reference) < bound
+
+
 @dtypes
 def test_linear_attention_in_batches_of_chunks(dtype: torch.dtype) -> None:
     """64 heads, so that a batch holds 4096 of 9000 tokens; against float64, cut in two."""
