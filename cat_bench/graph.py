@@ -117,7 +117,7 @@ def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
 
 
 # Linear layers of a step. One row is a matter of memory and launches alone, and has kernels of its
-# own; from two on cuBLAS is as fast (docs/performance.md).
+# own; from two on cuBLAS is as fast, but for SwiGLU at some hundreds of rows (docs/performance.md).
 
 
 def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -131,11 +131,14 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None 
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
     """silu(gate) * up of RMSNorm(x). x (rows, d), gate_up (2 n, d) -> (rows, n)."""
-    from cat_bench import kernels, vector_kernels
+    from cat_bench import kernels, products, vector_kernels
 
-    if len(x) > 1:
-        return kernels.swiglu(F.linear(rms_norm(x, norm), gate_up))
-    return vector_kernels.swiglu(x, norm, gate_up)
+    if len(x) == 1:
+        return vector_kernels.swiglu(x, norm, gate_up)
+    h = rms_norm(x, norm)
+    if products.takes(h, gate_up):
+        return products.swiglu(h, gate_up)
+    return kernels.swiglu(F.linear(h, gate_up))
 
 
 def add_linear_(x: Tensor, o: Tensor, weight: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:

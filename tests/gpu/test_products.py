@@ -1,0 +1,106 @@
+"""SwiGLU of some hundreds of rows on Hopper, against the product and the activation apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cat_bench import products
+
+pytestmark = pytest.mark.gpu
+kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
+
+SHAPES = [  # rows, outputs, inputs
+    (256, 5632, 2048),
+    (512, 5632, 2048),
+    (231, 5632, 2048),  # the last rows of the last tile are padding
+    (449, 5632, 2048),
+    (512, 2816, 1024),
+    (1000, 2816, 1024),
+    (256, 5632, 192),  # fewer tiles than the ring has stages
+]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def require_hopper(*shape: int) -> None:
+    if products.tiling_on(torch.device("cuda", 0), *shape) is None:
+        pytest.skip(f"no tiling for {shape} on {torch.cuda.get_device_name()}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_equals_product_and_activation(shape: tuple[int, int, int]) -> None:
+    require_hopper(*shape)
+    num_rows, num_outputs, width = shape
+    x, gate_up = random(num_rows, width), random(2 * num_outputs, width) * width**-0.5
+    assert products.takes(x, gate_up)
+    got = products.swiglu(x, gate_up)
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
+    expected = F.silu(gate) * up
+    assert (got.double() - expected).norm() / expected.norm() < 5e-3
+    apart = kernels.swiglu(F.linear(x, gate_up)).double()
+    # cuBLAS sums in another order: no more than roundings to bfloat16 differ
+    assert (got.double() - apart).norm() / apart.norm() < 3e-3
+
+
+@torch.no_grad()
+def test_writes_its_rows_and_no_others() -> None:
+    require_hopper(231, 5632, 2048)
+    x, gate_up = random(231, 2048), random(11264, 2048)
+    buffer = torch.full((300, 5632), 7.0, device="cuda", dtype=torch.bfloat16)
+    tile = products.tiling_on(x.device, 231, 5632, 2048)
+    kernel = products.load_kernel(x.device, tile, 5632, 2048)
+    kernel.launch(tile, x, gate_up, buffer[:231])
+    assert torch.equal(buffer[231:], torch.full_like(buffer[231:], 7.0))
+    assert torch.equal(buffer[:231], products.swiglu(x, gate_up))
+
+
+@torch.no_grad()
+def test_early_starts_read_nothing_too_early() -> None:
+    """A captured chain, in which each kernel may start before the one ahead has ended, replayed on
+    changing inputs, equals the same chain with a pause behind every kernel.
+    """
+    require_hopper(256, 5632, 2048)
+    layers = [(random(11264, 2048) * 0.02, random(2048, 5632) * 0.02) for _ in range(6)]
+    norm = torch.nn.RMSNorm(2048, eps=1e-5, device="cuda", dtype=torch.bfloat16)
+    x, y = random(256, 2048), random(256, 2048)
+
+    def run(pause=lambda: None) -> None:
+        y.copy_(x)
+        for gate_up, down in layers:
+            h = kernels.rms_norm(y, norm.weight, 1e-5)
+            pause()
+            h = products.swiglu(h, gate_up)
+            pause()
+            y.addmm_(h, down.T)
+            pause()
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(20):
+        x.normal_()
+        graph.replay()
+        got = y.clone()
+        run(torch.cuda.synchronize)
+        assert torch.equal(got, y)
+
+
+def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_hopper(256, 5632, 2048)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tile = products.tiling_on(torch.device("cuda", 0), 256, 5632, 2048)
+    image = products.cubin(tile, 5632, 2048)
+    assert list(tmp_path.rglob("swiglu_rows.cubin"))
+    monkeypatch.setattr(products, "compile_cuda", lambda *_: pytest.fail("compiled again"))
+    assert products.cubin(tile, 5632, 2048) == image
+
+
+def test_a_source_that_does_not_compile_says_why() -> None:
+    require_hopper(256, 5632, 2048)
+    with pytest.raises(RuntimeError, match="identifier"):
+        products.compile_cuda("int f() { return nothing; }", ["--gpu-architecture=sm_90a"])
