@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cat_bench.errors import UserError
+
 BLOCK_K = 64  # inputs in a tile: 128 bytes, the width of the copy engine's swizzle
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
 MIN_FILLED = 7 / 8  # of the rows in tiles, and of the multiprocessors: below, cuBLAS is as good
@@ -170,10 +172,21 @@ def compile_cuda(source: str, options: list[str]) -> bytes:
 
 
 def nvrtc_library() -> ctypes.CDLL:
-    """PyTorch's own: beside it where pip installed it, otherwise where the loader looks."""
-    name = f"libnvrtc.so.{str(torch.version.cuda).split('.')[0]}"
+    """PyTorch's own: beside it where pip installed it, otherwise where the loader looks.
+
+    Raises UserError where there is none.
+    """
+    major = str(torch.version.cuda).split(".")[0]
+    name = f"libnvrtc.so.{major}"
     beside = Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}")
-    return ctypes.CDLL(str(next(beside, name)))
+    try:
+        return ctypes.CDLL(str(next(beside, name)))
+    except OSError as error:
+        package = "nvidia-cuda-nvrtc" + ("-cu12" if major == "12" else "")
+        raise UserError(
+            f"A kernel of decode path cuda_graph is compiled by NVRTC: no {name} ({error}).",
+            f"Install it (pip install '{package}=={major}.*'), or use --decode-path eager.",
+        ) from error
 
 
 def tensor_map(driver: ctypes.CDLL, matrix: Tensor, box_rows: int) -> ctypes.Array:

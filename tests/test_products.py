@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cat_bench import products
+from cat_bench.errors import UserError
 from cat_bench.products import Tiling, tiling
 
 H100 = 132  # multiprocessors
@@ -49,6 +50,12 @@ def test_every_tiling_covers_its_product_and_fits_a_multiprocessor() -> None:
 def test_a_cpu_and_other_dtypes_are_not_taken() -> None:
     x, gate_up = torch.randn(256, 2048), torch.randn(11264, 2048)
     assert not products.takes(x.bfloat16(), gate_up.bfloat16())
+
+
+def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "99.1")
+    with pytest.raises(UserError, match=r"no libnvrtc\.so\.99(.|\n)*nvidia-cuda-nvrtc==99"):
+        products.nvrtc_library()
 
 
 def test_the_instruction_names_every_sum_once() -> None:
