@@ -117,16 +117,20 @@ def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
 
 
 # Linear layers of a step. One row is a matter of memory and launches alone, and has kernels of its
-# own; from two on cuBLAS is as fast, but for SwiGLU at some hundreds of rows (docs/performance.md).
+# own; so have 2 to 16 rows, and SwiGLU of some hundreds, in bfloat16 on Hopper GPUs. Elsewhere
+# cuBLAS is as fast (docs/performance.md).
 
 
 def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """W RMSNorm(x). x (rows, d), weight (n, d) -> (rows, n); several rows in `out`, if given."""
-    if len(x) > 1:
-        return torch.mm(rms_norm(x, norm), weight.T, out=out)
-    from cat_bench import vector_kernels
+    from cat_bench import products, vector_kernels
 
-    return vector_kernels.linear(x, weight, norm)
+    if len(x) == 1:
+        return vector_kernels.linear(x, weight, norm)
+    h = rms_norm(x, norm)
+    if products.takes_few(h, weight):
+        return products.linear(h, weight, out)
+    return torch.mm(h, weight.T, out=out)
 
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
@@ -136,6 +140,8 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
     if len(x) == 1:
         return vector_kernels.swiglu(x, norm, gate_up)
     h = rms_norm(x, norm)
+    if products.takes_few(h, gate_up):
+        return products.swiglu_of_few(h, gate_up)
     if products.takes(h, gate_up):
         return products.swiglu(h, gate_up)
     return kernels.swiglu(F.linear(h, gate_up))
@@ -143,12 +149,14 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
 
 def add_linear_(x: Tensor, o: Tensor, weight: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
     """x += W o, or W RMSNorm(o), in place. x (rows, d), o (rows, n), weight (d, n) -> x."""
-    if len(x) > 1:
-        o = o if norm is None else rms_norm(o, norm)
-        return x.addmm_(o, weight.T)  # the residual rides in the matmul's epilogue
-    from cat_bench import vector_kernels
+    from cat_bench import products, vector_kernels
 
-    return vector_kernels.linear(o, weight, norm, add_to=x)
+    if len(x) == 1:
+        return vector_kernels.linear(o, weight, norm, add_to=x)
+    o = o if norm is None else rms_norm(o, norm)
+    if products.takes_few(o, weight):
+        return products.add_linear_(x, o, weight)
+    return x.addmm_(o, weight.T)  # the residual rides in the matmul's epilogue
 
 
 def packed(weights: Sequence[Tensor]) -> Tensor:

@@ -1,14 +1,19 @@
-"""SwiGLU of a few hundred rows in one launch, on Hopper GPUs: matrix product and activation.
+"""Linear layers of 2 to 16 rows, and SwiGLU of a few hundred, on Hopper GPUs in bfloat16.
 
-cuBLAS cuts such a product into tiles for two thirds of the multiprocessors and leaves SwiGLU to
-another kernel. This one (products.cu, in CUDA, for Triton knows no clusters that share a load) has
-tiles of a size that fills them, and asks for weights before the kernel ahead has ended. Reference:
-`kernels.swiglu(F.linear(x, gate_up))`. NVRTC, which comes with PyTorch, compiles it once a shape;
-the result is kept in Triton's cache.
+In CUDA, for Triton knows no clusters: few_rows.cu reads weights into shared memory before the
+kernel ahead has ended and splits a reduction over a cluster; swiglu_rows.cu has tiles that fill the
+multiprocessors, where cuBLAS's fill two thirds, and does SwiGLU in the same launch. References:
+graph.norm_linear, graph.norm_swiglu and graph.add_linear_ of other numbers of rows, which stay with
+cuBLAS. NVRTC, which comes with PyTorch, compiles a kernel once a shape; the result is kept in
+Triton's cache.
+
+Every function reads weights before the kernel ahead has ended: that must not have written them.
+Shapes: b rows, d inputs, n outputs.
 """
 
 import ctypes
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,6 +27,71 @@ from cat_bench.errors import UserError
 BLOCK_K = 64  # inputs in a tile: 128 bytes, the width of the copy engine's swizzle
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
 MIN_FILLED = 7 / 8  # of the rows in tiles, and of the multiprocessors: below, cuBLAS is as good
+MAX_FEW = 16  # rows: at 64 cuBLAS is as good
+FEW_CTAS = 84  # that read weights, at least, where the reduction can be split so far
+
+
+def takes_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear`, `add_linear_` and `swiglu_of_few` are for x (b, d) and weight (n, d)."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not 2 <= len(x) <= MAX_FEW:
+        return False
+    aligned_rows = x.is_contiguous() and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
+    one_wave = len(weight) <= 128 * num_processors(x.device)  # none on other GPUs
+    return one_wave and aligned_rows and x.data_ptr() % 16 == 0
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x W^T of few rows -> (b, n), in `out` if given."""
+    out = x.new_empty(len(x), len(weight)) if out is None else out
+    return launch_few(x, weight, out)
+
+
+def add_linear_(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y += x W^T of few rows, in place. y (b, n)."""
+    return launch_few(x, weight, y, add=True)
+
+
+def swiglu_of_few(x: Tensor, gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up (2 n, d) times x -> (b, n)."""
+    return launch_few(x, gate_up, x.new_empty(len(x), len(gate_up) // 2), swiglu=True)
+
+
+class FewTiling(NamedTuple):
+    """`rows` of x with padding; `splits` of the reduction; stages of a CTA's ring."""
+
+    rows: int
+    splits: int
+    stages: int
+
+
+def few_tiling(num_rows: int, num_weight_rows: int, width: int) -> FewTiling:
+    rows = 8 if num_rows <= 8 else 16
+    tiles, steps = -(-num_weight_rows // 128), -(-width // BLOCK_K)
+    possible = [splits for splits in (1, 2, 4, 8) if splits <= steps]
+    splits = next((s for s in possible if tiles * s >= FEW_CTAS), possible[-1])
+    # A long ring holds most of a tile before x is there; with little to read a short one is faster.
+    ring = 100 * 1024 if splits == 8 else 200 * 1024
+    stage = (128 + rows) * BLOCK_K * 2
+    return FewTiling(rows, splits, max(2, min(-(-steps // splits), ring // stage)))
+
+
+def launch_few(
+    x: Tensor, weight: Tensor, out: Tensor, swiglu: bool = False, add: bool = False
+) -> Tensor:
+    (num_rows, width), num_weight_rows = x.shape, len(weight)
+    rows, splits, stages = few_tiling(num_rows, num_weight_rows, width)
+    stage = (128 + rows) * BLOCK_K * 2
+    shared = max(stages * (stage + 16), rows * 132 * 4) + 1024  # a ring begins at multiples of 1024
+    defines = (
+        ("K", width), ("N", num_weight_rows), ("R", rows), ("SPLITS", splits), ("STAGES", stages),
+        ("SWIGLU", int(swiglu)), ("ADD", int(add)),
+    )  # fmt: skip
+    with torch.cuda.device(x.device):
+        kernel = load_kernel(x.device, "few_rows", shared, rows, defines)
+        maps = tensor_map(kernel.driver, x, rows), tensor_map(kernel.driver, weight, 64)
+        grid = (-(-num_weight_rows // 128) * splits, 1, 1)
+        kernel.launch(grid, (splits, 1, 1), maps, out, num_rows, out.stride(0))
+    return out
 
 
 class Tiling(NamedTuple):
@@ -58,24 +128,42 @@ def takes(x: Tensor, gate_up: Tensor) -> bool:
 
 @cache
 def tiling_on(device: torch.device, num_rows: int, num_outputs: int, width: int) -> Tiling | None:
+    count = num_processors(device)
+    return tiling(num_rows, num_outputs, width, count) if count else None
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Of a Hopper GPU; 0 of all others, whose instructions are others."""
     gpu = torch.cuda.get_device_properties(device)
-    if (gpu.major, gpu.minor) != (9, 0) or torch.version.hip is not None:
-        return None
-    return tiling(num_rows, num_outputs, width, gpu.multi_processor_count)
+    hopper = (gpu.major, gpu.minor) == (9, 0) and torch.version.hip is None
+    return gpu.multi_processor_count if hopper else 0
 
 
 def swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up (2 n, d) times x (b, d) -> (b, n). Contiguous; inference only.
-
-    `gate_up` is read before the kernel ahead has ended, which must not be the one that wrote it.
-    """
+    """silu(gate) * up of gate_up (2 n, d) times x (b, d) -> (b, n). Contiguous; inference only."""
     (num_rows, width), num_outputs = x.shape, len(gate_up) // 2
     tile = tiling_on(x.device, num_rows, num_outputs, width)
     assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes() first"
-    out = x.new_empty(num_rows, num_outputs)
+    return launch_swiglu(tile, x, gate_up, x.new_empty(num_rows, num_outputs))
+
+
+def launch_swiglu(tile: Tiling, x: Tensor, gate_up: Tensor, out: Tensor) -> Tensor:
+    (num_rows, width), num_outputs = x.shape, len(gate_up) // 2
+    stage = (128 * tile.height + tile.columns) * BLOCK_K * 2
+    defines = (
+        ("K", width), ("HALF", num_outputs), ("BN", tile.columns), ("MI", tile.height),
+        ("STAGES", tile.stages),
+    )  # fmt: skip
+    shared = tile.stages * (stage + 16) + 1024  # the ring begins at a multiple of 1024
     with torch.cuda.device(x.device):
-        kernel = load_kernel(x.device, tile, num_outputs, width)
-        kernel.launch(tile, x, gate_up, out)
+        kernel = load_kernel(x.device, "swiglu_rows", shared, tile.columns, defines)
+        maps = (
+            tensor_map(kernel.driver, x, 128 * tile.height),
+            tensor_map(kernel.driver, gate_up, tile.columns // 2),
+        )
+        grid = (2 * num_outputs // tile.columns, tile.row_tiles, 1)
+        kernel.launch(grid, (1, 2, 1), maps, out, num_rows)
     return out
 
 
@@ -84,59 +172,65 @@ class Kernel(NamedTuple):
     function: ctypes.c_void_p
     shared_bytes: int
 
-    def launch(self, tile: Tiling, x: Tensor, gate_up: Tensor, out: Tensor) -> None:
-        num_rows, num_outputs = out.shape
-        maps = (
-            tensor_map(self.driver, x, 128 * tile.height),
-            tensor_map(self.driver, gate_up, tile.columns // 2),
-        )
-        pointer, rows = ctypes.c_void_p(out.data_ptr()), ctypes.c_int(num_rows)
-        values = (*(aligned(m) for m in maps), ctypes.addressof(pointer), ctypes.addressof(rows))
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        cluster: tuple[int, int, int],
+        maps: Sequence[ctypes.Array],
+        out: Tensor,
+        *numbers: int,
+    ) -> None:
+        """On the current stream, with threads of two warp groups and one that loads."""
+        pointer, integers = ctypes.c_void_p(out.data_ptr()), [ctypes.c_int(n) for n in numbers]
+        addresses = [ctypes.addressof(value) for value in (pointer, *integers)]
+        values = [*(aligned(m) for m in maps), *addresses]
         attributes = (Attribute * 2)()
-        attributes[0].id, attributes[0].value[:3] = 4, [1, 2, 1]  # cluster: two tiles of rows
+        attributes[0].id, attributes[0].value[:3] = 4, cluster
         attributes[1].id, attributes[1].value[0] = 6, 1  # may start before the kernel ahead ends
-        config = Config(
-            (2 * num_outputs // tile.columns, tile.row_tiles, 1), (384, 1, 1), self.shared_bytes,
-            torch.cuda.current_stream().cuda_stream, attributes, len(attributes),
-        )  # fmt: skip
+        stream = torch.cuda.current_stream().cuda_stream
+        config = Config(grid, (384, 1, 1), self.shared_bytes, stream, attributes, len(attributes))
         arguments = (ctypes.c_void_p * len(values))(*values)
-        check(
-            self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None),
-            "cuLaunchKernelEx",
-        )
+        status = self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None)
+        check(status, "cuLaunchKernelEx")
 
 
 @cache
-def load_kernel(device: torch.device, tile: Tiling, num_outputs: int, width: int) -> Kernel:
+def load_kernel(
+    device: torch.device, name: str, shared: int, columns: int, defines: tuple[tuple[str, int], ...]
+) -> Kernel:
     """Of the current device, into its context."""
-    stage = (128 * tile.height + tile.columns) * BLOCK_K * 2
-    shared_bytes = tile.stages * (stage + 16) + 1024  # the ring begins at a multiple of 1024
     driver, module, function = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
-    image = cubin(tile, num_outputs, width)
+    image = cubin(name, columns, defines)
     check(driver.cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
-    check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"swiglu_rows"), "the kernel")
-    check(driver.cuFuncSetAttribute(function, 8, shared_bytes), "dynamic shared memory")
-    return Kernel(driver, function, shared_bytes)
+    check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
+    check(driver.cuFuncSetAttribute(function, 8, shared), "dynamic shared memory")
+    return Kernel(driver, function, shared)
 
 
-def cubin(tile: Tiling, num_outputs: int, width: int) -> bytes:
+def cubin(name: str, columns: int, defines: tuple[tuple[str, int], ...]) -> bytes:
     """The compiled kernel, from Triton's cache where an earlier process has left it."""
     from triton.runtime.cache import get_cache_manager
 
-    source = resources.files("cat_bench").joinpath("products.cu").read_text()
-    source = source.replace("@WGMMA@", wgmma(tile.columns))
-    options = [
-        "--gpu-architecture=sm_90a", "--std=c++17", f"-DK={width}", f"-DHALF={num_outputs}",
-        f"-DBN={tile.columns}", f"-DMI={tile.height}", f"-DSTAGES={tile.stages}",
-    ]  # fmt: skip
+    source, options = source_of(name, columns, defines)
     text = "\n".join([source, *options, str(torch.version.cuda)])
     cache_manager = get_cache_manager(hashlib.sha256(text.encode()).hexdigest())
-    found = cache_manager.get_file("swiglu_rows.cubin")
+    found = cache_manager.get_file(f"{name}.cubin")
     if found is not None:
         return Path(found).read_bytes()
     image = compile_cuda(source, options)
-    cache_manager.put(image, "swiglu_rows.cubin", binary=True)
+    cache_manager.put(image, f"{name}.cubin", binary=True)
     return image
+
+
+def source_of(
+    name: str, columns: int, defines: tuple[tuple[str, int], ...]
+) -> tuple[str, list[str]]:
+    """The text of a kernel whose instruction has so many columns, and the compiler's options."""
+    files = resources.files("cat_bench")
+    source = "".join(files.joinpath(f"{file}.cu").read_text() for file in ("products", name))
+    options = ["--gpu-architecture=sm_90a", "--std=c++17"]
+    options += [f"-D{key}={value}" for key, value in defines]
+    return source.replace("@WGMMA@", wgmma(columns)), options
 
 
 def wgmma(columns: int) -> str:

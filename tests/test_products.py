@@ -47,9 +47,22 @@ def test_every_tiling_covers_its_product_and_fits_a_multiprocessor() -> None:
     assert found > 50
 
 
+@pytest.mark.parametrize("num_rows", [2, 8, 9, 16])
+def test_few_rows_fit_a_multiprocessor_and_split_what_there_is(num_rows: int) -> None:
+    for num_weight_rows in (8, 1024, 3072, 11264, 16896):
+        for width in (64, 72, 1024, 2816, 5632):
+            rows, splits, stages = products.few_tiling(num_rows, num_weight_rows, width)
+            assert num_rows <= rows and rows % splits == 0
+            assert splits <= -(-width // 64) and stages >= 2
+            assert stages * ((128 + rows) * 128 + 16) + 1024 <= 227 * 1024
+            ctas = -(-num_weight_rows // 128) * splits
+            assert ctas >= 84 or splits == 8 or 2 * splits > -(-width // 64)
+
+
 def test_a_cpu_and_other_dtypes_are_not_taken() -> None:
     x, gate_up = torch.randn(256, 2048), torch.randn(11264, 2048)
     assert not products.takes(x.bfloat16(), gate_up.bfloat16())
+    assert not products.takes_few(x[:4].bfloat16(), gate_up.bfloat16())
 
 
 def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

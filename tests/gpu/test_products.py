@@ -1,11 +1,11 @@
-"""SwiGLU of some hundreds of rows on Hopper, against the product and the activation apart."""
+"""Our products on Hopper, against plain ones: few rows, and SwiGLU of some hundreds."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cat_bench import products
+from cat_bench import graph, products
 
 pytestmark = pytest.mark.gpu
 kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
@@ -52,8 +52,7 @@ def test_writes_its_rows_and_no_others() -> None:
     x, gate_up = random(231, 2048), random(11264, 2048)
     buffer = torch.full((300, 5632), 7.0, device="cuda", dtype=torch.bfloat16)
     tile = products.tiling_on(x.device, 231, 5632, 2048)
-    kernel = products.load_kernel(x.device, tile, 5632, 2048)
-    kernel.launch(tile, x, gate_up, buffer[:231])
+    products.launch_swiglu(tile, x, gate_up, buffer[:231])
     assert torch.equal(buffer[231:], torch.full_like(buffer[231:], 7.0))
     assert torch.equal(buffer[:231], products.swiglu(x, gate_up))
 
@@ -90,14 +89,110 @@ def test_early_starts_read_nothing_too_early() -> None:
         assert torch.equal(got, y)
 
 
+FEW = [  # outputs, inputs
+    (3072, 1024),
+    (1024, 1024),
+    (2048, 5632),
+    (6144, 2048),
+    (1024, 2816),
+    (2200, 1000),  # the last tiles are not full, of weights and of inputs
+    (8, 64),
+]
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 4, 7, 8, 9, 16])
+@pytest.mark.parametrize(("num_outputs", "width"), FEW)
+@torch.no_grad()
+def test_few_rows(num_rows: int, num_outputs: int, width: int) -> None:
+    require_hopper(256, 5632, 2048)
+    x, weight = random(num_rows, width), random(num_outputs, width) * width**-0.5
+    assert products.takes_few(x, weight)
+    plain = x.double() @ weight.double().T
+
+    buffer = torch.full((20, num_outputs), 7.0, device="cuda", dtype=torch.bfloat16)
+    got = products.linear(x, weight, buffer[:num_rows])
+    assert (got.double() - plain).norm() / plain.norm() < 3e-3
+    assert torch.equal(buffer[num_rows:], torch.full_like(buffer[num_rows:], 7.0))
+
+    buffer = random(20, num_outputs)
+    before = buffer.clone()
+    got = products.add_linear_(buffer[:num_rows], x, weight)
+    expected = before[:num_rows].double() + plain
+    assert (got.double() - expected).norm() / expected.norm() < 3e-3
+    assert torch.equal(buffer[num_rows:], before[num_rows:])
+
+    gate_up = random(2 * num_outputs, width) * width**-0.5
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
+    expected = F.silu(gate) * up
+    got = products.swiglu_of_few(x, gate_up)
+    assert (got.double() - expected).norm() / expected.norm() < 5e-3
+
+
+def test_what_few_rows_are_not() -> None:
+    require_hopper(256, 5632, 2048)
+    x, weight = random(16, 1024), random(1024, 1024)
+    assert products.takes_few(x, weight)
+    assert not products.takes_few(x[:1], weight)
+    assert not products.takes_few(random(17, 1024), weight)
+    assert not products.takes_few(x.float(), weight.float())
+    assert not products.takes_few(random(16, 2048)[:, :1024], weight)  # rows apart
+    assert not products.takes_few(x, random(50432, 1024))  # more than one wave
+
+
+@pytest.mark.parametrize("num_rows", [2, 16])
+@torch.no_grad()
+def test_few_rows_read_nothing_too_early(num_rows: int) -> None:
+    """As test_early_starts_read_nothing_too_early."""
+    require_hopper(256, 5632, 2048)
+    norm = torch.nn.RMSNorm(1024, eps=1e-5, device="cuda", dtype=torch.bfloat16)
+    layers = [
+        [random(n, k) * 0.02 for n, k in ((3072, 1024), (1024, 1024), (5632, 1024), (1024, 2816))]
+        for _ in range(12)
+    ]
+    x, y = random(num_rows, 1024), random(num_rows, 1024)
+
+    def run(pause=lambda: None) -> None:
+        y.copy_(x)
+        for qkv, attn_out, gate_up, down in layers:
+            h = graph.norm_linear(y, norm, qkv)
+            pause()
+            h = kernels.rms_norm(h[:, 1024:2048].contiguous(), norm.weight, 1e-5)
+            pause()
+            graph.add_linear_(y, h, attn_out)
+            pause()
+            h = graph.norm_swiglu(y, norm, gate_up)
+            pause()
+            graph.add_linear_(y, h, down)
+            pause()
+
+    run()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    for _ in range(20):
+        x.normal_()
+        captured.replay()
+        got = y.clone()
+        run(torch.cuda.synchronize)
+        assert torch.equal(got, y)
+
+
 def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_hopper(256, 5632, 2048)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tile = products.tiling_on(torch.device("cuda", 0), 256, 5632, 2048)
-    image = products.cubin(tile, 5632, 2048)
-    assert list(tmp_path.rglob("swiglu_rows.cubin"))
+    defines = (
+        ("K", 64),
+        ("N", 128),
+        ("R", 8),
+        ("SPLITS", 1),
+        ("STAGES", 2),
+        ("SWIGLU", 0),
+        ("ADD", 0),
+    )
+    image = products.cubin("few_rows", 8, defines)
+    assert list(tmp_path.rglob("few_rows.cubin"))
     monkeypatch.setattr(products, "compile_cuda", lambda *_: pytest.fail("compiled again"))
-    assert products.cubin(tile, 5632, 2048) == image
+    assert products.cubin("few_rows", 8, defines) == image
 
 
 def test_a_source_that_does_not_compile_says_why() -> None:
