@@ -107,10 +107,14 @@ def conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def source_hash(root: Path = PROJECT) -> str:
-    """SHA-256 over the names and contents of the package's own Python files, in sorted order."""
-    return hash_of(
-        root, (path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py"))
+    """SHA-256 over the names and contents of the package's own code, Python and CUDA, sorted."""
+    code = (
+        path
+        for folder in CODE_FOLDERS
+        for ending in ("*.py", "*.cu")
+        for path in (root / folder).rglob(ending)
     )
+    return hash_of(root, code)
 
 
 def _command_line(command: list[str]) -> str:

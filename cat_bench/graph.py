@@ -142,7 +142,7 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
     h = rms_norm(x, norm)
     if products.takes_few(h, gate_up):
         return products.swiglu_of_few(h, gate_up)
-    if products.takes(h, gate_up):
+    if products.takes_swiglu(h, gate_up):
         return products.swiglu(h, gate_up)
     return kernels.swiglu(F.linear(h, gate_up))
 

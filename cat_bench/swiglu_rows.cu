@@ -68,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) swiglu_rows(
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       if (i > 0) {
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (lane < 2) arrive_at(empty + 8 * ((i - 1) % STAGES), lane);
+        // Only where somebody waits for it: none is on its way when the other CTA has ended.
+        if (lane < 2 && i - 1 + STAGES < ITERATIONS) arrive_at(empty + 8 * ((i - 1) % STAGES), lane);
         __syncwarp();
       }
     }

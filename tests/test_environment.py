@@ -177,7 +177,9 @@ def test_source_hash_follows_contents_and_names_of_own_code(tmp_path: Path):
     file.write_text("width = 2\n")
     second = environment.source_hash(tmp_path)
     file.rename(tmp_path / "baselines" / "yours.py")
-    assert len({first, second, environment.source_hash(tmp_path)}) == 3
+    third = environment.source_hash(tmp_path)
+    (tmp_path / "cat_bench" / "kernel.cu").write_text("int width = 1;\n")
+    assert len({first, second, third, environment.source_hash(tmp_path)}) == 4
 
 
 def test_commit_is_not_that_of_a_repository_around_the_installation(monkeypatch):

@@ -87,15 +87,22 @@ def test_float32_equals_eager(
 @pytest.mark.parametrize(("subject", "path"), fast_subjects("forward"))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forward_and_gradients_equal_eager(subject: Subject, path: str, dtype: str) -> None:
-    """Upstream's kernels multiply float32 in TF32 inside: hence its wider bounds."""
+    """Upstream's kernels multiply float32 in TF32 inside: hence its wider bounds.
+
+    Outputs in bfloat16 are held to eager ones in float32, of the same weights: eager ones in
+    bfloat16 are themselves up to 0.92e-2 away from those, so two of them up to 1.3e-2 apart.
+    """
     eager, fast = pair(subject, path, dtype, "forward")
+    exact = subject.model("float32", device="cuda", std=STD)
+    exact.load_state_dict({name: value.float() for name, value in eager.state_dict().items()})
     bounds = {"compile": (1e-5, 1e-2), "upstream": (5e-3, 3e-2)}[path]
     bound = bounds[dtype == "bfloat16"]
     of_gradients = max(3 * bound, 9e-2 if dtype == "bfloat16" else 3e-4)
     for num_tokens in (64, 37):
         tokens = subject.tokens(3, num_tokens).cuda()
         outputs = [model.forward(tokens) for model in (fast, eager)]
-        assert contract.relative_norm(*outputs) < bound
+        assert contract.relative_norm(outputs[0], exact.forward(tokens)) < bound
+        assert contract.relative_norm(*outputs) < 1.5 * bound
         for model, logits in zip((fast, eager), outputs, strict=True):
             model.zero_grad()
             torch.nn.functional.cross_entropy(logits.float().mT, tokens.roll(-1, 1)).backward()
@@ -110,6 +117,7 @@ def test_forward_and_gradients_equal_eager(subject: Subject, path: str, dtype: s
 @pytest.mark.parametrize(("subject", "path"), fast_subjects("forward"))
 def test_checkpointing_keeps_the_gradients(subject: Subject, path: str) -> None:
     """The same kernels on the same inputs, once more in the backward pass."""
+    torch.compiler.reset()  # the compiler takes few sizes of one block before it refuses
     model = subject.model("float32", device="cuda", std=STD, forward_path=path)
     tokens = subject.tokens(3, 64).cuda()
     found = []

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cat_bench import graph, products
+from cat_bench import graph, nvrtc, products
 
 pytestmark = pytest.mark.gpu
 kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
@@ -25,7 +25,13 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def require_hopper(*shape: int) -> None:
+def require_hopper() -> None:
+    if not products.num_processors(torch.device("cuda", 0)):
+        pytest.skip(f"for Hopper GPUs, this is {torch.cuda.get_device_name()}")
+
+
+def require_tiling(*shape: int) -> None:
+    require_hopper()
     if products.tiling_on(torch.device("cuda", 0), *shape) is None:
         pytest.skip(f"no tiling for {shape} on {torch.cuda.get_device_name()}")
 
@@ -33,10 +39,10 @@ def require_hopper(*shape: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_equals_product_and_activation(shape: tuple[int, int, int]) -> None:
-    require_hopper(*shape)
+    require_tiling(*shape)
     num_rows, num_outputs, width = shape
     x, gate_up = random(num_rows, width), random(2 * num_outputs, width) * width**-0.5
-    assert products.takes(x, gate_up)
+    assert products.takes_swiglu(x, gate_up)
     got = products.swiglu(x, gate_up)
     gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
     expected = F.silu(gate) * up
@@ -48,7 +54,7 @@ def test_equals_product_and_activation(shape: tuple[int, int, int]) -> None:
 
 @torch.no_grad()
 def test_writes_its_rows_and_no_others() -> None:
-    require_hopper(231, 5632, 2048)
+    require_tiling(231, 5632, 2048)
     x, gate_up = random(231, 2048), random(11264, 2048)
     buffer = torch.full((300, 5632), 7.0, device="cuda", dtype=torch.bfloat16)
     tile = products.tiling_on(x.device, 231, 5632, 2048)
@@ -62,7 +68,7 @@ def test_early_starts_read_nothing_too_early() -> None:
     """A captured chain, in which each kernel may start before the one ahead has ended, replayed on
     changing inputs, equals the same chain with a pause behind every kernel.
     """
-    require_hopper(256, 5632, 2048)
+    require_tiling(256, 5632, 2048)
     layers = [(random(11264, 2048) * 0.02, random(2048, 5632) * 0.02) for _ in range(6)]
     norm = torch.nn.RMSNorm(2048, eps=1e-5, device="cuda", dtype=torch.bfloat16)
     x, y = random(256, 2048), random(256, 2048)
@@ -104,7 +110,7 @@ FEW = [  # outputs, inputs
 @pytest.mark.parametrize(("num_outputs", "width"), FEW)
 @torch.no_grad()
 def test_few_rows(num_rows: int, num_outputs: int, width: int) -> None:
-    require_hopper(256, 5632, 2048)
+    require_hopper()
     x, weight = random(num_rows, width), random(num_outputs, width) * width**-0.5
     assert products.takes_few(x, weight)
     plain = x.double() @ weight.double().T
@@ -129,7 +135,7 @@ def test_few_rows(num_rows: int, num_outputs: int, width: int) -> None:
 
 
 def test_what_few_rows_are_not() -> None:
-    require_hopper(256, 5632, 2048)
+    require_hopper()
     x, weight = random(16, 1024), random(1024, 1024)
     assert products.takes_few(x, weight)
     assert not products.takes_few(x[:1], weight)
@@ -137,13 +143,19 @@ def test_what_few_rows_are_not() -> None:
     assert not products.takes_few(x.float(), weight.float())
     assert not products.takes_few(random(16, 2048)[:, :1024], weight)  # rows apart
     assert not products.takes_few(x, random(50432, 1024))  # more than one wave
+    assert not products.takes_few(x, weight.float())  # a master copy, under autocast
+    flat = random(1024 * 1024 + 1)[1:].view(1024, 1024)
+    assert not products.takes_few(x, flat)  # begins at no multiple of 16 bytes
+    large = random(256, 2048)
+    assert not products.takes_swiglu(large, random(11264, 2048).float())
+    assert not products.takes_swiglu(large.float(), random(11264, 2048).float())
 
 
 @pytest.mark.parametrize("num_rows", [2, 16])
 @torch.no_grad()
 def test_few_rows_read_nothing_too_early(num_rows: int) -> None:
     """As test_early_starts_read_nothing_too_early."""
-    require_hopper(256, 5632, 2048)
+    require_hopper()
     norm = torch.nn.RMSNorm(1024, eps=1e-5, device="cuda", dtype=torch.bfloat16)
     layers = [
         [random(n, k) * 0.02 for n, k in ((3072, 1024), (1024, 1024), (5632, 1024), (1024, 2816))]
@@ -178,24 +190,17 @@ def test_few_rows_read_nothing_too_early(num_rows: int) -> None:
 
 
 def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_hopper(256, 5632, 2048)
+    require_hopper()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    defines = (
-        ("K", 64),
-        ("N", 128),
-        ("R", 8),
-        ("SPLITS", 1),
-        ("STAGES", 2),
-        ("SWIGLU", 0),
-        ("ADD", 0),
-    )
-    image = products.cubin("few_rows", 8, defines)
+    sizes = {"K": 64, "N": 128, "R": 8, "SPLITS": 1, "STAGES": 2, "SWIGLU": 0, "ADD": 0}
+    source, options = products.source_of("few_rows", 8, tuple(sizes.items()))
+    image = nvrtc.cubin("few_rows", source, options)
     assert list(tmp_path.rglob("few_rows.cubin"))
-    monkeypatch.setattr(products, "compile_cuda", lambda *_: pytest.fail("compiled again"))
-    assert products.cubin("few_rows", 8, defines) == image
+    monkeypatch.setattr(nvrtc, "compile_cuda", lambda *_: pytest.fail("compiled again"))
+    assert nvrtc.cubin("few_rows", source, options) == image
 
 
 def test_a_source_that_does_not_compile_says_why() -> None:
-    require_hopper(256, 5632, 2048)
+    require_hopper()
     with pytest.raises(RuntimeError, match="identifier"):
-        products.compile_cuda("int f() { return nothing; }", ["--gpu-architecture=sm_90a"])
+        nvrtc.compile_cuda("wrong", "int f() { return nothing; }", ["--gpu-architecture=sm_90a"])
