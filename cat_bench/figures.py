@@ -117,7 +117,7 @@ class Panel(NamedTuple):
     title: str
     label: str
     published: str  # unit of the paper's points: "s" or "GiB"; "": it has none
-    is_ratio: bool = False  # to Dense: may carry the paper's points from any GPU
+    ratio_to: str = ""  # a label; one to Dense may carry the paper's points from any GPU
     low: str | None = None  # columns of the interval
     high: str | None = None
     divisor: float = 1.0
@@ -128,10 +128,10 @@ LATENCY = Panel(
 )
 MEMORY = Panel("peak_bytes", "peak memory", "Peak memory (GiB)", "GiB", divisor=GIB)
 SPEEDUP = Panel(
-    "speedup", "speed-up over Dense", "Speed-up (x)", "s", True, "speedup_low", "speedup_high"
+    "speedup", "speed-up over Dense", "Speed-up (x)", "s", "Dense", "speedup_low", "speedup_high"
 )
 REDUCTION = Panel(
-    "memory_ratio", "memory reduction over Dense", "Memory reduction (x)", "GiB", True
+    "memory_ratio", "memory reduction over Dense", "Memory reduction (x)", "GiB", "Dense"
 )
 ALL_PANELS = (LATENCY, MEMORY, SPEEDUP, REDUCTION)
 
@@ -207,7 +207,7 @@ def draw_panel(
 ) -> None:
     points = published_points(panel, published, axis, rows)
     for number, label in enumerate(labels):
-        if panel.is_ratio and label == "Dense":
+        if label == panel.ratio_to:
             axes.axhline(1, color=look(label).color, linewidth=1.5, zorder=1)
             continue
         if len(rows):
@@ -215,7 +215,9 @@ def draw_panel(
         _draw_published(axes, points.get(label, {}), look(label, number))
     is_out = len(rows) > 0 and (rows["status"] == "oom").any()
     if not is_out and not np.isfinite(axes.dataLim.intervaly).all():
-        _say_not_run(axes, "not run: Dense" if panel.is_ratio and len(rows) else "not run")
+        _say_not_run(
+            axes, f"not run: {panel.ratio_to}" if panel.ratio_to and len(rows) else "not run"
+        )
     axes.set_xlabel(axis.label)
     axes.set_ylabel(panel.label)
     _scale_x(axes, _ticks(axis, rows, published))
@@ -297,7 +299,7 @@ def published_points(
     for point in published:
         if is_plotted(point) and point.unit == panel.published:
             values.setdefault(point.row, {})[point.x.get(axis.name)] = point.value
-    if not panel.is_ratio:
+    if panel.ratio_to != "Dense":
         return values if may_overlay(rows) else {}
     dense = values.get("Dense", {})
     return {

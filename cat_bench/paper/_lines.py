@@ -49,6 +49,8 @@ def line_figure(
     """
     maps = [drawn for drawn in maps if drawn.cells]
     panels = [] if maps and rows.empty else panels
+    if len(rows) and (rows["status"] == "oom").any():
+        caption += " x: out of memory."  # there is no legend that could say it
     heights = [PANEL_IN] * -(-len(panels) // 2)
     heights += [0.6 + MAP_CELL_IN * len({w.batch_size for w in m.cells}) for m in maps[::2]]
     caption_in = figures.CAPTION_LINE_IN * len(figures.caption_lines(caption))

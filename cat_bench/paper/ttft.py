@@ -39,8 +39,8 @@ PANELS = (
         divisor=1e-3,
     ),
     figures.Panel(
-        "sooner", "Dense's time / this one's", "Ratio to Dense (x)", "", True, "sooner_low",
-        "sooner_high",
+        "sooner_2d", "Dense-2D's time / this one's", "Ratio to Dense-2D (x)", "",
+        "Dense-2D", "sooner_2d_low", "sooner_2d_high",
     ),
 )  # fmt: skip
 
