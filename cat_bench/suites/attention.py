@@ -13,7 +13,7 @@ CAT has N + 1 rows for N tokens (published layout: N + N / C + 1), the others N.
 the pairs that the definition lets a query see, whatever an implementation computes: 4 e per pair
 and head forward, 10 e backward. peak_allocated_bytes leaves out what was there before q, k and v.
 
-On a GPU a sample is one CUDA graph of several calls: the time of the kernels, without that of
+On a GPU a sample is one CUDA graph of up to ten calls: the time of the kernels, without that of
 launching them from Python, which a whole training step hides.
 
 Try it: cat-bench run attention --quick
@@ -48,7 +48,8 @@ MAX_EAGER = 4096  # tokens: beyond it the mask and the scores no longer fit
 SEQ_LENS = {"cpu": (64,), "cuda": (1024, 4096, 16_384, 65_536)}
 TOKENS = {"cpu": 128, "cuda": 16_384}  # a call, shared out among sequences
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-CALLS = {"cpu": 1, "cuda": 10}  # a sample
+CALLS = {"cpu": 1, "cuda": 10}  # a sample, but fewer where they take longer than
+SAMPLE_S = 0.1  # seconds: then no launch is felt, and a graph of all would keep too much memory
 WARMUPS = 3
 HEAD_WIDTH = 64
 
@@ -176,12 +177,13 @@ def measure(case: Case, model: "Architecture") -> Iterator[Record]:
         torch.autograd.grad(attend(q, k, v), (q, k, v), do)
 
     yield Record(case.key, "attended_pairs", shape.pairs, "1")
-    profiler.timed(lambda _: both(), case.device, warmups=1, repeats=1)
+    once = profiler.timed(lambda _: both(), case.device, warmups=1, repeats=1)
     counters = profiler.memory_counters(case.device)  # of one call, for graphs hold on to theirs
     if "peak_allocated_bytes" in counters:
         peak = counters["peak_allocated_bytes"] - held
         yield Record(case.key, "peak_allocated_bytes", peak, "bytes")
-    calls, repeats = CALLS[case.device], int(settings.get("repeats", 10))
+    calls = min(CALLS[case.device], max(1, int(SAMPLE_S / once.latency_s[0])))
+    repeats = int(settings.get("repeats", 10))
     for name, run, per_pair in (("forward", forward, 4), ("forward_backward", both, 4 + 10)):
         sample = run if case.device == "cpu" else captured(run, calls)
         timing = profiler.timed(lambda _, s=sample: s(), case.device, WARMUPS, repeats)

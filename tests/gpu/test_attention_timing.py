@@ -1,4 +1,4 @@
-"""The suite `attention` on a GPU: samples are graphs of several calls."""
+"""The suite `attention` on a GPU: samples are graphs of up to ten calls."""
 
 import pytest
 import torch
