@@ -106,7 +106,7 @@ def nvrtc_library() -> ctypes.CDLL:
     """
     major = str(torch.version.cuda).split(".")[0]
     name = f"libnvrtc.so.{major}"
-    beside = Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}")
+    beside = Path(str(torch.__file__)).parents[1].glob(f"nvidia/*/lib/{name}")
     try:
         return ctypes.CDLL(str(next(beside, name)))
     except OSError as error:

@@ -202,7 +202,7 @@ TAYLOR_ROW_FEATURES = 16  # widest q and k of `taylor_rows`, whose squares are h
 
 
 def taylor_rows(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> Tensor:
-    """`taylor_step` for any number of tokens in one launch, with matrix products in v's dtype.
+    """`taylor_step` for any number of tokens in one kernel, with matrix products in v's dtype.
 
     q, k (b, t, h f), v (b, t, h e): columns of one tensor, last dimension contiguous, f at most
     TAYLOR_ROW_FEATURES; sums (b, h, p, e), norms (b, h, p), float32, contiguous, changed in place.

@@ -3,7 +3,7 @@
 What stands before and after a matrix (norm, SwiGLU, residual) is done in the same launch, and on
 Hopper GPUs a program loads its first weights while the kernel before it still runs: so that kernel
 must not be the one that wrote them. References: graph.norm_linear, graph.norm_swiglu and
-graph.add_linear_ of more rows.
+graph.add_linear_ of more rows, which are products.py's or cuBLAS's.
 
 Shapes: d inputs, n outputs.
 """
