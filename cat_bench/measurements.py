@@ -58,7 +58,8 @@ def frame(runs: Sequence[store.Run]) -> pd.DataFrame:
 
 def _remarks(records: pd.DataFrame, runs: Sequence[store.Run]) -> list[tuple[remarks.Remark, ...]]:
     by_run = {run.name: remarks.read(run) for run in runs}
-    rows = zip(records["run"], records["label"], records["arch"], strict=True)
+    columns = ("run", "label", "arch", "batch_size")
+    rows = zip(*(records[name] for name in columns), strict=True)
     return [tuple(r for r in by_run[run] if r.is_about(*row)) for run, *row in rows]
 
 

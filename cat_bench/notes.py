@@ -102,14 +102,17 @@ def _layers(labels_by_count: dict[int, dict[str, None]]) -> str:
 
 
 def remarks(rows: pd.DataFrame) -> tuple[str, ...]:
-    """A note per run folder whose remarks are about some of these rows."""
+    """The remarks on these rows, each once, with the run folders that have it."""
     if "remarks" not in rows:
         return ()
     texts: dict[str, dict[str, None]] = {}
     for row in rows.itertuples():
         for remark in row.remarks:
             texts.setdefault(row.run, {})[remark.text] = None
-    return tuple(f"Remark on {run}: {' '.join(each)}" for run, each in texts.items())
+    runs: dict[str, list[str]] = {}
+    for run, each in texts.items():
+        runs.setdefault(" ".join(each), []).append(run)
+    return tuple(f"Remark on {', '.join(sorted(names))}: {text}" for text, names in runs.items())
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from cat_bench import store
 from cat_bench.errors import UserError
 
 FIELDS = ("text", "architectures", "metrics")
+BATCH_SIZES = "batch_sizes"  # an optional field
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class Remark:
     text: str  # one line
     architectures: tuple[str, ...]  # labels ("GDN") or file names ("mamba2": of any settings)
     metrics: tuple[str, ...]  # as in records.jsonl
+    batch_sizes: tuple[int, ...] = ()  # (): all
 
-    def is_about(self, label: str, arch: str) -> bool:
-        return bool({label, arch.partition(":")[0]} & set(self.architectures))
+    def is_about(self, label: str, arch: str, batch_size: int) -> bool:
+        is_named = bool({label, arch.partition(":")[0]} & set(self.architectures))
+        return is_named and (not self.batch_sizes or batch_size in self.batch_sizes)
 
 
 def read(run: store.Run) -> tuple[Remark, ...]:
@@ -29,7 +32,11 @@ def read(run: store.Run) -> tuple[Remark, ...]:
     path = run.path / "remarks.json"
     if not path.exists():
         return ()
-    known = {"architectures": _architectures(run), "metrics": set(run.records()["metric"])}
+    known: dict[str, set] = {
+        "architectures": _architectures(run),
+        "metrics": set(run.records()["metric"]),
+        BATCH_SIZES: {case.batch_size for case in run.cases().values()},
+    }
     try:
         entries = json.loads(path.read_bytes())
         if not isinstance(entries, list):
@@ -48,20 +55,22 @@ def _architectures(run: store.Run) -> set[str]:
     return labels | {case.arch.partition(":")[0] for case in cases.values()}
 
 
-def _remark(entry: Any, known: dict[str, set[str]]) -> Remark:
-    if not isinstance(entry, dict) or entry.keys() != set(FIELDS):
+def _remark(entry: Any, known: dict[str, set]) -> Remark:
+    if not isinstance(entry, dict) or entry.keys() - {BATCH_SIZES} != set(FIELDS):
         raise ValueError(f"got {entry!r}, expected an object of {', '.join(FIELDS)}")
     text = entry["text"]
     if not isinstance(text, str) or len(text.splitlines()) != 1:
         raise ValueError(f"got text {text!r}, expected one line")
-    for field, names in known.items():
-        given = entry[field]
-        is_list = isinstance(given, list) and all(isinstance(name, str) for name in given)
-        if not is_list or not given:
-            raise ValueError(f"got {field} {given!r}, expected a list of names")
-        unknown = [name for name in given if name not in names]
+    for field, values in known.items():
+        if field not in entry:
+            continue
+        given, kind = entry[field], int if field == BATCH_SIZES else str
+        if not isinstance(given, list) or not given or {type(value) for value in given} != {kind}:
+            what = "numbers" if kind is int else "names"
+            raise ValueError(f"got {field} {given!r}, expected a list of {what}")
+        unknown = [value for value in given if value not in values]
         if unknown:
-            raise ValueError(
-                f"got {field} {unknown}, which this run lacks; it has {', '.join(sorted(names))}"
-            )
-    return Remark(text, tuple(entry["architectures"]), tuple(entry["metrics"]))
+            has = ", ".join(str(value) for value in sorted(values))
+            raise ValueError(f"got {field} {unknown}, which this run lacks; it has {has}")
+    architectures, metrics = (tuple(entry[field]) for field in FIELDS[1:])
+    return Remark(text, architectures, metrics, tuple(entry.get(BATCH_SIZES, ())))

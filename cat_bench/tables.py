@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from cat_bench import store
+from cat_bench import stats, store
 from cat_bench.columns import (
     DETAIL_COLUMNS,
     DETAIL_DEFINITIONS,
@@ -216,14 +216,20 @@ def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
 
 
 def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> pd.DataFrame:
-    """True where a cell is the best of its group; a group of one has no best."""
+    """True where a cell is the best of its group; a group of one has no best, nor has one whose
+    values of several runs are nearer to each other than a run may drift.
+    """
     best = pd.DataFrame(False, index=rows.index, columns=[c.title for c in columns])
     parts = [part for _, part in rows.groupby(list(by), sort=False)] if by else [rows]
     for column in (c for c in columns if c.best):
         for part in parts:
             values = part[column.keys[0]].dropna()
             if len(values) > 1:
-                best.loc[values.index[values == column.best(values)], column.title] = True
+                first = values == column.best(values)
+                near = (values / column.best(values) - 1).abs() <= stats.MARGIN
+                if "run" in part and part.loc[values.index[near], "run"].nunique() > 1:
+                    continue
+                best.loc[values.index[first], column.title] = True
     return best
 
 

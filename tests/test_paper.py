@@ -650,6 +650,12 @@ def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_decide_nothing(
     (run.path / "remarks.json").write_text(json.dumps([remark]))
     text = render("crossover", tmp_path).tables[0].text
     assert set(text["fastest"]) == {"-"} and "-" not in set(text["smallest"])
+    (run.path / "remarks.json").write_text(json.dumps([remark | {"batch_sizes": [4]}]))
+    by_batch = render("crossover", tmp_path).tables[0].text.set_index("batch")["fastest"]
+    assert by_batch["4"] == "-" and "-" not in set(by_batch.drop("4"))
+    (run.path / "remarks.json").write_text(json.dumps([remark | {"batch_sizes": [5]}]))
+    _, runs, skipped = _build.all_records(tmp_path)
+    assert runs == [] and "batch_sizes [5], which this run lacks; it has 1, 4," in skipped[0]
     (run.path / "remarks.json").write_text("[")
     _, runs, skipped = _build.all_records(tmp_path)
     assert runs == [] and "remarks.json is broken" in skipped[0]

@@ -459,6 +459,16 @@ def test_best_needs_a_rival() -> None:
     assert list(made.best["n"]) == [False, True, False]
 
 
+def test_no_best_where_two_runs_are_nearer_than_a_run_may_drift() -> None:
+    columns = [Column("n", ("n",), whole, max)]
+    rows = pd.DataFrame({"label": ["a", "b", "c"], "n": [100.0, 102.0, 50.0]})
+    assert list(tables.table(rows, columns).best["n"]) == [False, True, False]
+    apart = rows.assign(run=["0001-a", "0002-b", "0001-a"])
+    assert not tables.table(apart, columns).best["n"].any()
+    together = rows.assign(run=["0001-a", "0001-a", "0002-b"])
+    assert list(tables.table(together, columns).best["n"]) == [False, True, False]
+
+
 def test_no_torch() -> None:
     code = "import sys, cat_bench.report, cat_bench.figures, cat_bench.paper._build;"
     code += "sys.exit('torch' in sys.modules)"

@@ -91,6 +91,8 @@ def caption(
             "The paper's points are from an A100 80GB PCIe: drawn as ratios to Dense only."
         )
         parts += [PEAKS] if any(panel.published == "GiB" for panel in panels) else []
+    if len(rows) and any(panel.ratio_to == "Dense" for panel in panels):
+        parts += [note.replace("warning: r", "R", 1) for note in foreign_dense(rows)]
     labels = set(rows["label"]) if len(rows) else set()
     parts += [f"{label}: window of half the length." for label in sorted(labels & HALF_WINDOW)]
     absent = _settings.missing(names, scale)
@@ -119,14 +121,20 @@ def heading(rows: pd.DataFrame) -> str:
     runs = sorted(set(rows["run"]))
     word = "runs" if len(runs) > 1 else "run"
     machines = "; ".join(dict.fromkeys(rows["machine"]))
-    text = f"{machines}; {word} {', '.join(runs)}. {settings(rows)}"
-    commits = sorted(set(rows["commit"])) if "commit" in rows else []
-    if len(commits) > 1:  # an older row may be of slower code: only ratios inside a run are fair
-        changed = "; +: and changes" if any(commit.endswith("+") for commit in commits) else ""
-        text += f" Code of {len(commits)} commits ({', '.join(commits)}{changed}): "
-        is_mixed = any(foreign_dense(rows))
-        text += f"ratios are inside one run{', where it has Dense' if is_mixed else ''}."
-    return text
+    return f"{machines}; {word} {', '.join(runs)}. {settings(rows)}{commits(rows)}"
+
+
+def commits(rows: pd.DataFrame) -> str:
+    """A sentence, where several measured the rows: one of older code may be slower than today."""
+    names = sorted(set(rows["commit"])) if "commit" in rows else []
+    if len(names) < 2:
+        return ""
+    changed = "; +: and changes" if any(name.endswith("+") for name in names) else ""
+    where = ", where it has Dense" if any(foreign_dense(rows)) else ""
+    return (
+        f" Code of {len(names)} commits ({', '.join(names)}{changed}): ratios are inside one "
+        f"run{where}."
+    )
 
 
 def settings(rows: pd.DataFrame) -> str:

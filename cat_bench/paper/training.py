@@ -189,7 +189,8 @@ def _heading(rows: pd.DataFrame) -> str:
     word = "runs" if len(runs) > 1 else "run"
     autocast = ", ".join(filter(None, dict.fromkeys(rows["autocast"]))) or "no"
     graphs = " Steps are CUDA graphs." if (rows["step"] == "cuda_graph").all() else ""
-    return f"{machines}; {word} {', '.join(runs)}. {dtypes} weights, {autocast} autocast.{graphs}"
+    text = f"{machines}; {word} {', '.join(runs)}. {dtypes} weights, {autocast} autocast.{graphs}"
+    return text + _curves.commits(rows)
 
 
 def _claims_alone(claims: dict[tuple[str, int], float]) -> tables.Table:

@@ -29,8 +29,8 @@ PROMPTS = (1024, 4096, 16_384, 32_768)  # tokens
 NEW_TOKENS = 8
 SMOKE_PROMPTS, SMOKE_LENGTH = (_settings.PROMPT_LEN, 56), 64  # the first is Figure 2's case
 LAUNCHES = (
-    f"Short prompts (here {PROMPTS[0]}) are bound by launching kernels from Python, not by the "
-    "GPU: compare systems at the longer ones."
+    f"Short prompts are bound by launching kernels from Python, not by the GPU: {PROMPTS[0]} of "
+    f"all, {PROMPTS[1]} where it takes no longer. Compare systems at the longer ones."
 )
 PROMPT = figures.Axis("prompt_len", "Prompt (tokens)")
 PANELS = (
