@@ -19,6 +19,9 @@ PATTERN_FIELDS = {  # of Config -> the word in a note
 PATTERN_LETTERS = " (c convolution, l linear attention, s window attention)"  # BASED's
 MAX_PARTS_GAP = 0.05  # forward + backward + optimizer against the whole training step
 MIN_LAUNCH_SHARE = 0.95  # of a step: GPU-bound, the launches end well before it
+REMARKED = "\N{DAGGER}"  # in tables, behind a value that a remark is about
+MAX_SHORT_PROMPT = 64  # tokens, whose first token is a matter of launching kernels
+MIN_PROMPT_SHARE = 0.05  # of a latency
 MAX_CLOCK_GAP = 0.02  # host clock against CUDA events (evaluation_spec.md 4.1)
 
 
@@ -112,7 +115,8 @@ def remarks(rows: pd.DataFrame) -> tuple[str, ...]:
     runs: dict[str, list[str]] = {}
     for run, each in texts.items():
         runs.setdefault(" ".join(each), []).append(run)
-    return tuple(f"Remark on {', '.join(sorted(names))}: {text}" for text, names in runs.items())
+    said = [f"Remark on {', '.join(sorted(names))}: {text}" for text, names in runs.items()]
+    return (*said, f"{REMARKED} in tables: a value that a remark is about.") if said else ()
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
@@ -122,6 +126,53 @@ def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
     foreign = rows[rows["dense_run"].notna() & (rows["dense_run"] != rows["run"])]
     pairs = sorted({f"{row.run} against {row.dense_run}" for row in foreign.itertuples()})
     return tuple(f"warning: ratios to Dense across runs: {pair}." for pair in pairs)
+
+
+def hidden_dense(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note where ratios are to the Dense of an older run, and a newer one's row is shown."""
+    if not {"dense_run", "latency_s"} <= set(rows):
+        return ()
+    setting = ["suite", "batch_size", "seq_len", "prompt_len", "device_name"]
+    shown = rows[(rows["label"] == "Dense") & rows["latency_s"].notna()].set_index(setting)["run"]
+    own = rows[rows["dense_run"].notna() & (rows["dense_run"] == rows["run"])]
+    runs = {
+        row.run
+        for row in own.itertuples()
+        for key in [tuple(getattr(row, name) for name in setting)]
+        if key in shown.index and row.run not in {*shown.loc[[key]]}
+    }
+    whose = ", ".join(sorted(runs))
+    return (f"Ratios of {whose}: to the Dense of that run; shown is a newer one's.",) * bool(runs)
+
+
+def ranges(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note where an interval is no more than the range of its few samples."""
+    counts = [int(n) for n in rows.get("n", pd.Series(dtype=float)).dropna()]
+    few = [n for n in counts if stats.MIN_SAMPLES <= n < stats.MIN_COVERED]
+    if not few:
+        return ()
+    held = 100 * (1 - 2 ** (1 - min(few)))
+    return (
+        f"Intervals of fewer than {stats.MIN_COVERED} repeats are their range, which holds the "
+        f"median with a probability of 1 - 2^(1 - n): {held:.0f} % at n = {min(few)}. All are of "
+        "repeats in one process.",
+    )
+
+
+def prompt_share(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A note where reading a short prompt, launched from Python, is a good part of a latency."""
+    if not {"latency_s", "ttft_s"} <= set(rows):
+        return ()
+    on_gpu = rows[(rows["device"] == "cuda") & (rows["prompt_len"] <= MAX_SHORT_PROMPT)]
+    share = on_gpu["ttft_s"] / on_gpu["latency_s"]
+    found = on_gpu[share > MIN_PROMPT_SHARE]
+    if found.empty:
+        return ()
+    cells = ", ".join(
+        f"{row['label']} {100 * share[index]:.0f} % (batch {row['batch_size']})"
+        for index, row in found.iterrows()
+    )
+    return (f"Reading the prompt, launched from Python kernel by kernel, is of latency: {cells}.",)
 
 
 def warnings(rows: pd.DataFrame, records: pd.DataFrame) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ Mark = Literal["+", "-", "~", "x"]
 CONFIDENCE = 0.95
 SIGNIFICANCE = 1 - CONFIDENCE
 MIN_SAMPLES = 3  # for an interval
+MIN_COVERED = 6  # from here on even the range holds the median in 95 of 100 cases
 NUM_RESAMPLES = 2_000
 MAX_BATCH_ELEMENTS = 2_000_000  # resampled values held at once: 16 MB
 MAX_EXACT_SAMPLES = 40  # both sides together; beyond, the normal approximation is as good

@@ -30,8 +30,17 @@ from cat_bench.columns import (
     digits,
     whole,
 )
-from cat_bench.measurements import SETTINGS, frame, joined, measured, summary
-from cat_bench.notes import configurations, failures, foreign_dense, remarks, warnings
+from cat_bench.measurements import SETTINGS, frame, is_marked, joined, measured, summary
+from cat_bench.notes import (
+    REMARKED,
+    configurations,
+    failures,
+    foreign_dense,
+    prompt_share,
+    ranges,
+    remarks,
+    warnings,
+)
 from cat_bench.spec import name_of
 
 NOT_GENERATING = ("training", "attention")  # suites without decode path, prompt and steps
@@ -88,6 +97,8 @@ def records_table(records: pd.DataFrame) -> Table:
         *configurations(rows),
         *failures(rows),
         *foreign_dense(rows),
+        *ranges(rows),
+        *prompt_share(rows),
         *remarks(rows),
         *warnings(rows, records),
     )
@@ -208,7 +219,7 @@ def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
     for column in columns:
         values = [row[key] for key in column.keys]
         if not pd.isna(values[0]):
-            cells[column.title] = column.write(*values)
+            cells[column.title] = column.write(*values) + REMARKED * is_marked(row, column.keys[0])
         else:
             cells[column.title] = "-" if status in ("ok", "") else str(status)
             status = ""  # said once per row
@@ -216,15 +227,16 @@ def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
 
 
 def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> pd.DataFrame:
-    """True where a cell is the best of its group; a group of one has no best, nor has one whose
-    values of several runs are nearer to each other than a run may drift.
+    """True where a cell is the best of its group; a group of one has no best, nor has one with a
+    value under a remark, or whose values of several runs are nearer than a run may drift.
     """
     best = pd.DataFrame(False, index=rows.index, columns=[c.title for c in columns])
     parts = [part for _, part in rows.groupby(list(by), sort=False)] if by else [rows]
     for column in (c for c in columns if c.best):
         for part in parts:
             values = part[column.keys[0]].dropna()
-            if len(values) > 1:
+            marked = any(is_marked(row, column.keys[0]) for _, row in part.iterrows())
+            if len(values) > 1 and not marked:
                 first = values == column.best(values)
                 near = (values / column.best(values) - 1).abs() <= stats.MARGIN
                 if "run" in part and part.loc[values.index[near], "run"].nunique() > 1:

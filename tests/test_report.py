@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import measurements, report, store, tables
+from cat_bench import measurements, notes, report, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.columns import EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
@@ -86,7 +86,8 @@ def test_show_prints_units_intervals_ratios_and_oom(tmp_path) -> None:
         "CAT-16 256 1024 oom - - - - - -",
     ]
     assert lines[6].startswith("latency = median time of a whole generation")
-    assert len(lines) == 10
+    assert lines[10].startswith("Intervals of fewer than 6 repeats are their range")
+    assert "94 % at n = 5" in lines[10] and len(lines) == 11
 
 
 def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
@@ -412,7 +413,8 @@ def test_compare_says_the_remarks_of_both_runs(tmp_path) -> None:
         remark = {"text": f"Of {run.name}.", "architectures": ["Dense"], "metrics": ["latency_s"]}
         (run.path / "remarks.json").write_text(json.dumps([remark]))
     notes = compare_table(*runs).notes
-    assert [f"Remark on {run.name}: Of {run.name}." for run in runs] == list(notes[-2:])
+    said = [note for note in notes if note.startswith("Remark")]
+    assert said == [f"Remark on {run.name}: Of {run.name}." for run in runs]
 
 
 def test_newly_failing_and_missing_cases(tmp_path) -> None:
@@ -467,6 +469,50 @@ def test_no_best_where_two_runs_are_nearer_than_a_run_may_drift() -> None:
     assert not tables.table(apart, columns).best["n"].any()
     together = rows.assign(run=["0001-a", "0001-a", "0002-b"])
     assert list(tables.table(together, columns).best["n"]) == [False, True, False]
+
+
+def test_a_value_under_a_remark_has_a_dagger_and_its_group_no_best(tmp_path) -> None:
+    run = make_run(tmp_path)
+    remark = {"text": "Stale.", "architectures": ["CAT-8"], "metrics": ["latency_s"]}
+    (run.path / "remarks.json").write_text(json.dumps([remark]))
+    made = tables.run_table(run)
+    cells = made.text.set_index("architecture")
+    assert cells.loc["CAT-8", "latency s [95 % CI]"].endswith("]\N{DAGGER}")
+    assert "\N{DAGGER}" not in "".join(cells.loc["Dense"])
+    assert "\N{DAGGER}" not in cells.loc["CAT-8", "peak GiB"]
+    assert not made.best["latency s [95 % CI]"].any() and made.best["peak GiB"].any()
+    assert "\N{DAGGER} in tables: a value that a remark is about." in made.notes
+
+
+def test_a_short_prompt_that_takes_much_of_a_latency_is_told() -> None:
+    rows = pd.DataFrame(
+        {
+            "label": ["a", "b", "c", "d"],
+            "device": ["cuda", "cuda", "cpu", "cuda"],
+            "prompt_len": [8, 8, 8, 4096],
+            "batch_size": 1,
+            "latency_s": 1.0,
+            "ttft_s": [0.1, 0.01, 0.1, 0.1],
+        }
+    )
+    (note,) = notes.prompt_share(rows)
+    assert note.endswith("is of latency: a 10 % (batch 1).")
+    assert notes.prompt_share(rows[1:]) == ()
+
+
+def test_ratios_to_a_dense_that_is_not_shown_are_told() -> None:
+    one = {"suite": "efficiency", "batch_size": 1, "seq_len": 8, "prompt_len": 8}
+    rows = pd.DataFrame(
+        [
+            {**one, "label": "Dense", "run": "0002-b", "dense_run": "0002-b"},
+            {**one, "label": "CAT-8", "run": "0001-a", "dense_run": "0001-a"},
+            {**one, "label": "GDN", "run": "0002-b", "dense_run": "0002-b"},
+        ]
+    ).assign(latency_s=1.0, device_name="H100")
+    assert notes.hidden_dense(rows) == (
+        "Ratios of 0001-a: to the Dense of that run; shown is a newer one's.",
+    )
+    assert notes.hidden_dense(rows[rows["run"] == "0002-b"]) == ()
 
 
 def test_no_torch() -> None:

@@ -9,10 +9,18 @@ import pandas as pd
 from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
 from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column
-from cat_bench.notes import configurations, failures, foreign_dense
+from cat_bench.notes import (
+    configurations,
+    failures,
+    foreign_dense,
+    hidden_dense,
+    prompt_share,
+    ranges,
+)
 from cat_bench.paper import _published, _settings
 from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
+from cat_bench.stats import MIN_COVERED
 
 HALF_WINDOW = {_settings.label(name) for name in _settings.HALF_WINDOW}
 
@@ -93,6 +101,7 @@ def caption(
         parts += [PEAKS] if any(panel.published == "GiB" for panel in panels) else []
     if len(rows) and any(panel.ratio_to == "Dense" for panel in panels):
         parts += [note.replace("warning: r", "R", 1) for note in foreign_dense(rows)]
+        parts += hidden_dense(rows)
     labels = set(rows["label"]) if len(rows) else set()
     parts += [f"{label}: window of half the length." for label in sorted(labels & HALF_WINDOW)]
     absent = _settings.missing(names, scale)
@@ -145,6 +154,7 @@ def settings(rows: pd.DataFrame) -> str:
     text = f"{', '.join(dict.fromkeys(rows['dtype']))}, {paths}, prompt {prompts}"
     if repeats:
         text += f", n = {', '.join(str(n) for n in repeats)}, median and 95 % interval"
+        text += f" (range below n = {MIN_COVERED})" * (repeats[0] < MIN_COVERED)
     return text + "."
 
 
@@ -159,7 +169,8 @@ def ratio_table(
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
     made = tables.table(rows, COLUMNS, ["batch_size", "seq_len"])
     notes = [*DEFINITIONS, *crossing_notes(rows, axis), *failures(rows)]
-    notes += [*patterns(rows), *foreign_dense(rows), *also]
+    notes += [*patterns(rows), *foreign_dense(rows), *hidden_dense(rows), *ranges(rows)]
+    notes += [*prompt_share(rows), *also]
     if scale == "smoke":
         notes.append(f"{figures.SMOKE_STAMP}.")
     absent = _settings.missing(names, scale)

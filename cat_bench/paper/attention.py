@@ -16,7 +16,7 @@ from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
 from cat_bench.columns import ATTENTION_COLUMNS, ATTENTION_DEFINITIONS
 from cat_bench.notes import failures, foreign_dense
-from cat_bench.paper import _lines, _settings
+from cat_bench.paper import _curves, _lines, _settings
 from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 from cat_bench.spec import parse
@@ -139,7 +139,8 @@ def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table
 def _heading(rows: pd.DataFrame) -> str:
     machines, dtypes = ("; ".join(dict.fromkeys(rows[name])) for name in ("machine", "dtype"))
     runs = sorted(set(rows["run"]))
-    return f"{machines}; {'runs' if len(runs) > 1 else 'run'} {', '.join(runs)}. {dtypes}."
+    text = f"{machines}; {'runs' if len(runs) > 1 else 'run'} {', '.join(runs)}. {dtypes}."
+    return text + _curves.commits(rows)
 
 
 def _caption(rows: pd.DataFrame, scale: str, also: Sequence[str]) -> str:

@@ -129,26 +129,25 @@ def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str, also: Sequence
         f"whole batch after it. Maps: batch "
         f"{BATCH_SIZE} as the lines, all others whole generations from a prompt of 8 (Figures 2 "
         f"and 3); in each box the best and its margin to the second, of a run that has every "
-        f"architecture measured there (else the box is empty); ~ = the interval of the margin "
-        f"holds 1, or the margin rounds to 1.00; of 5 = so few of those planned there were "
-        f"compared."
+        f"architecture planned there (else the box is empty); ~ = the interval of the margin "
+        f"holds 1, or the margin rounds to 1.00."
     )
 
 
 def _map(found: Sequence[_one_run.Best], planned: Counter) -> list[_lines.Won]:
-    """One per box: where a setting was measured in both ways, the longer prompt's, as the lines."""
+    """One per box, if no architecture is missing: where a setting was measured in both ways, the
+    longer prompt's, as the lines.
+    """
+    complete = [one for one in found if one.num_compared >= planned[one[:3]]]
     by_box = {
-        (one.batch_size, one.seq_len): one for one in sorted(found, key=lambda b: b.prompt_len)
+        (one.batch_size, one.seq_len): one for one in sorted(complete, key=lambda b: b.prompt_len)
     }
-    return [
-        _lines.Won(*box, one.label, _margin(one, planned[one[:3]])) for box, one in by_box.items()
-    ]
+    return [_lines.Won(*box, one.label, _margin(one)) for box, one in by_box.items()]
 
 
-def _margin(one: _one_run.Best, num_planned: int) -> str:
-    """ "1.42x", " ~" where it is none, and how many were compared where others are planned."""
-    alone = f" of {one.num_compared}" if one.num_compared < num_planned else ""
-    return _times(one.margin.median) + ("" if one.is_clear else " ~") + alone
+def _margin(one: _one_run.Best) -> str:
+    """ "1.42x", and " ~" where it is none."""
+    return _times(one.margin.median) + ("" if one.is_clear else " ~")
 
 
 def _times(ratio: float) -> str:

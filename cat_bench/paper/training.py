@@ -29,6 +29,7 @@ from cat_bench.notes import (
     disturbances,
     failures,
     foreign_dense,
+    hidden_dense,
     whole_logits,
 )
 from cat_bench.paper import _curves, _published, _settings
@@ -107,7 +108,13 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         *whole_logits(rows),
         *failures(rows),
     ]
-    notes += [*_launched(rows), *foreign_dense(rows), *disturbances(rows), *bound_by_launches(rows)]
+    notes += [
+        *_launched(rows),
+        *foreign_dense(rows),
+        *hidden_dense(rows),
+        *disturbances(rows),
+        *bound_by_launches(rows),
+    ]
     notes += lacking(rows, plan(scale), names, scale, ["seq_len"])
     absent = [_settings.label(name) for name in names if _lacks(name, scale)]
     notes += [f"Not timed, no fast forward path: {', '.join(absent)}."] if absent else []
