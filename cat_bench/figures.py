@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from cat_bench.columns import GIB
+from cat_bench.measurements import is_marked
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -245,6 +246,11 @@ def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number:
         np.insert(x, gaps, np.nan), np.insert(y, gaps, np.nan), color=style.color,
         marker=style.marker, linestyle=style.line, markersize=_marker_size(style),
         markeredgecolor="white", markeredgewidth=0.5, zorder=4,
+    )  # fmt: skip
+    marked = [is_marked(row, panel.value) for _, row in ok.iterrows()]
+    axes.plot(
+        x[marked], y[marked], marker="o", linestyle="none", markersize=_marker_size(style) + 4,
+        markerfacecolor="none", markeredgecolor="0.45", markeredgewidth=0.7, zorder=5,
     )  # fmt: skip
     for end in gaps:
         ends = slice(end - 1, end + 1)

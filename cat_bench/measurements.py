@@ -31,6 +31,8 @@ HEAD_WIDTH = 64
 DERIVED_FROM = {  # columns that are made here and in exhibits -> what records.jsonl calls them
     "peak_bytes": ("peak_reserved_bytes", "peak_rss_bytes"),
     "held_bytes": ("weights_bytes", "state_live_bytes"),
+    "speedup": ("latency_s",),
+    "memory_ratio": ("peak_reserved_bytes", "peak_rss_bytes"),
 }
 CEILINGS = ("read_bandwidth_bytes_per_s", "matmul_flops_per_s")
 

@@ -481,7 +481,7 @@ def test_a_value_under_a_remark_has_a_dagger_and_its_group_no_best(tmp_path) -> 
     assert "\N{DAGGER}" not in "".join(cells.loc["Dense"])
     assert "\N{DAGGER}" not in cells.loc["CAT-8", "peak GiB"]
     assert not made.best["latency s [95 % CI]"].any() and made.best["peak GiB"].any()
-    assert "\N{DAGGER} in tables: a value that a remark is about." in made.notes
+    assert "\N{DAGGER} in tables, a ring in figures: a value that a remark is about." in made.notes
 
 
 def test_a_short_prompt_that_takes_much_of_a_latency_is_told() -> None:
