@@ -544,6 +544,15 @@ def test_the_list_shows_a_file_outside_the_tree(cat_bench: Cli, tmp_path: Path):
     assert shown["presets"] == {}  # no spec could name them
 
 
+def test_the_list_calls_no_path_ready_that_lacks_a_member(cat_bench: Cli, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY.replace("dense.Model", ""))
+    (shown,) = json.loads(cat_bench("list", "-a", mine, "--json").out)["architectures"]
+    lacks = shown["decode_paths"]["eager"]
+    assert lacks.startswith("not ready: its Model lacks decode_path, config, max_len, num_params")
+    assert lacks.endswith("prefill, state_bytes, state_bytes_float, step_costs")
+
+
 def test_a_plan_says_where_eager_stands_beside_a_fast_path(cat_bench: Cli, tmp_path: Path):
     mine = tmp_path / "mine.py"
     mine.write_text(FAULTY.replace('("eager", "upstream")', '("eager",)'))
