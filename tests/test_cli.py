@@ -780,6 +780,22 @@ def test_report_writes_every_format(cat_bench: Cli, one_run: Path, form: str, ma
     assert written.out == "" and str(path) in written.err and mark in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("ending", "mark"),
+    [(".csv", ","), (".md", "| "), (".tex", "\\toprule"), (".HTML", "<html"), (".json", "[")],
+)
+def test_a_report_has_the_format_of_its_ending(
+    cat_bench: Cli, one_run: Path, ending: str, mark: str
+):
+    path, usual = one_run.parent / f"report{ending}", one_run.parent / "report.txt"
+    assert cat_bench("report", "1", "-o", path).code == cat_bench("report", "1", "-o", usual).code
+    assert mark in path.read_text() and path.read_text() != usual.read_text()
+    other = ("--format", "latex") if ending != ".tex" else ("--json",)
+    path.unlink()
+    refused(cat_bench("report", "1", *other, "-o", path), f"report{ending} must hold ", "asked for")
+    assert not path.exists()
+
+
 def test_compare_exits_with_4_where_a_case_got_slower(cat_bench: Cli, one_run: Path):
     slower = one_run.parent / "0002-second"
     shutil.copytree(one_run, slower)
