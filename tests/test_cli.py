@@ -503,6 +503,21 @@ def test_a_drift_reference_is_no_reason_to_run(tmp_path: Path):
         measuring.check_machine([a_case(str(mine)), a_case("dense", reference="0")])
 
 
+@pytest.mark.parametrize(
+    ("load", "device", "is_told"), [(1.2, "cpu", True), (0.9, "cpu", False), (1.2, "cuda", False)]
+)
+def test_a_busy_cpu_that_is_measured_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, load, device, is_told
+):
+    monkeypatch.setattr(measuring, "_check_gpu", lambda cases: None)
+    monkeypatch.setattr(environment, "_cpu_cores", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    measuring.check_machine([Case("efficiency", "dense", 1, 8, 16, "float32", device)])
+    err = capsys.readouterr().err
+    assert ("warning: another process is using the CPU (load 1.2 on 2 cores" in err) == is_told
+    assert is_told or not err
+
+
 def test_a_package_is_told_once_and_with_all_that_need_it(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
