@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cat_bench.errors import UserError
-from cat_bench.spec import Spec, resolve
+from cat_bench.spec import Spec, members, resolve
 from cat_bench.user_code import explained, import_file, running
 
 Tokens = Int[Tensor, "b t"]
@@ -47,6 +47,8 @@ class Cost(NamedTuple):
 @runtime_checkable  # for run-time checkers of the signatures
 class Architecture(Protocol):
     """A torch module. State goes in and comes out; nothing about a sequence hides in the module.
+
+    `build` refuses a Model that lacks one of these members, unless spec.OPTIONAL names it.
 
     `prefill` and `step` use a state up: its buffers are filled in place, so only the state they
     return is valid. `reset` makes an empty one of any of them.
@@ -91,7 +93,9 @@ class Architecture(Protocol):
         ...
 
     def step_kind(self, num_tokens: int) -> str:
-        """Class of the step that reads token number `num_tokens` (1-based): "step"; CAT has two."""
+        """Class of the step that reads token number `num_tokens` (1-based). Optional, "step" where
+        missing; CAT has two. See the function below.
+        """
         ...
 
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
@@ -129,6 +133,11 @@ def full_label(label: str, config: Any, told: tuple[str, ...]) -> str:
     return f"{label} ({', '.join(changed)})" if changed else label
 
 
+def step_kind(model: Architecture, num_tokens: int) -> str:
+    """By the method of this name, which is optional: most architectures have one kind of step."""
+    return model.step_kind(num_tokens) if hasattr(model, "step_kind") else "step"
+
+
 def prefill_costs(model: Architecture, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
     """Least bytes and FLOPs of reading a prompt of `num_tokens` into an empty state.
 
@@ -150,7 +159,7 @@ def generation_flops(model: Architecture, batch_size: int, seq_len: int) -> floa
 
 def load_module(spec: Spec) -> ModuleType:
     """Import the architecture's file. Raises UserError where it cannot be imported, or lacks Config
-    or Model with decode_paths.
+    or Model. What a Model lacks is told by `build`, all at once.
     """
     source = resolve(spec.name)
     try:
@@ -164,7 +173,7 @@ def load_module(spec: Spec) -> ModuleType:
                 f"{source.path} exports no {export}; an architecture exports Config and Model.",
                 "baselines/dense.py is the example to follow.",
             )
-    paths = getattr(module.Model, "decode_paths", None)
+    paths = getattr(module.Model, "decode_paths", ("eager",))
     if not isinstance(paths, tuple | list):
         raise UserError(
             f"{source.path}: Model.decode_paths must be a tuple of names, got {paths!r}.",
@@ -201,13 +210,14 @@ def build(
 ) -> Architecture:
     """A model with random weights, made directly on `device` ("meta" allocates nothing).
 
-    Raises UserError for an unknown name, key or value, for a path that it lacks, for sizes that no
-    tensor can have, and for whatever a user's own file raises.
+    Raises UserError for an unknown name, key or value, for a path or members that it lacks, for
+    sizes that no tensor can have, and for whatever a user's own file raises.
     """
     module = load_module(spec)
     config = _config(module, spec)
-    if decode_path not in module.Model.decode_paths:
-        have = ", ".join(module.Model.decode_paths)
+    decode_paths = getattr(module.Model, "decode_paths", ("eager",))
+    if decode_path not in decode_paths:
+        have = ", ".join(decode_paths)
         raise UserError(f"{spec.text} has no decode path '{decode_path}'; it has: {have}.")
     forward_paths = getattr(module.Model, "forward_paths", ("eager",))
     if forward_path not in forward_paths:
@@ -223,9 +233,32 @@ def build(
         with running(resolve(spec.name), "building its Model"), _countable(spec):
             chosen = {} if forward_path == "eager" else {"forward_path": forward_path}
             with torch.device(device):
-                return module.Model(config, decode_path, **chosen).eval()
+                model = module.Model(config, decode_path, **chosen)
     finally:
         torch.set_default_dtype(before)
+    missing = missing_members(model)
+    if missing:
+        raise UserError(
+            f"{spec.name}: the class Model must define {', '.join(missing)}.",
+            "The class Architecture in cat_bench/architecture.py says what each of them is.",
+        )
+    return model.eval()
+
+
+def missing_members(model: Any) -> list[str]:
+    """What of the protocol a model lacks. A method that is abstract, or nn.Module's own `forward`,
+    does not count.
+    """
+    return [name for name in members() if not _has(model, name)]
+
+
+def _has(model: Any, name: str) -> bool:
+    if name in vars(model) or not hasattr(type(model), name):
+        return hasattr(model, name)  # a property is not asked: it may raise
+    found = getattr(type(model), name)
+    return found is not torch.nn.Module.forward and not getattr(
+        found, "__isabstractmethod__", False
+    )
 
 
 def _check_float64(spec: Spec, model: type, decode_path: str, forward_path: str) -> None:

@@ -286,8 +286,12 @@ def compare(
 def report_(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One or several runs.")],
     form: Annotated[
-        str, typer.Option("--format", help="table, json, csv, markdown, latex or html.")
-    ] = "table",
+        str | None,
+        typer.Option(
+            "--format",
+            help="table, json, csv, markdown, latex or html; default: by -o's ending, else table.",
+        ),
+    ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="The paper's ratios beside ours.")
     ] = False,
@@ -300,9 +304,10 @@ def report_(
     from cat_bench import report
     from cat_bench.paper import _published
 
+    form = report.form_of(output, "json" if as_json else form)
     found = [measuring.find_run(results, text) for text in runs]
     points = _published.load() if published else ()
-    text = report.report_text(found, "json" if as_json else form, points)
+    text = report.report_text(found, form, points)
     if output is None:
         typer.echo(text)
     else:

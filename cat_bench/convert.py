@@ -99,7 +99,8 @@ def _files(source: Path) -> list[Path]:
         return [source / checkpoint.WEIGHTS]
     what = f"lacks {checkpoint.WEIGHTS} and {INDEX}" if source.is_dir() else "does not exist"
     raise UserError(
-        f"{source} {what}.", "Give a .safetensors file, or a folder that holds one of the two."
+        f"{source} {what}.",
+        f"Give a .safetensors file, or a folder that holds {checkpoint.WEIGHTS} or {INDEX}.",
     )
 
 

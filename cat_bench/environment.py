@@ -165,6 +165,21 @@ def _host() -> dict[str, Any]:
     }
 
 
+def cpu_in_use() -> str | None:
+    """A warning where something else takes the CPU; None where nothing does, or nobody tells."""
+    cores = _cpu_cores()
+    if cores is None or not hasattr(os, "getloadavg"):  # Windows
+        return None
+    load = os.getloadavg()[0]  # processes that ran or waited, a mean of about the last minute
+    if load <= cores / 2:
+        return None
+    return (
+        f"another process is using the CPU (load {load:.1f} on {cores} "
+        f"{'core' if cores == 1 else 'cores'}, over the last minute): timings on the CPU become "
+        "many times longer and do not repeat"
+    )
+
+
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -316,6 +331,7 @@ def worker_process(*arguments: str) -> tuple[list[str], dict[str, str]]:
 
 def doctor(results: Path = Path("results")) -> list[Check]:
     """One line per thing that a measurement here relies on."""
+    cpu = _check_cpu()  # before the checks below take it themselves
     from_torch = _check_torch_and_architectures()
     has_gpu = any((check.name, check.status) == ("cuda", "ok") for check in from_torch)
     return [
@@ -327,6 +343,7 @@ def doctor(results: Path = Path("results")) -> list[Check]:
         *(_check_paths(info, has_gpu) for info in spec.architectures()),
         *_check_nvml(),
         _check_disk(results),
+        cpu,
     ]
 
 
@@ -413,6 +430,13 @@ def _check_nvml() -> list[Check]:
             Check("energy counter", "warn", detail, "Needs a Volta or newer, without MIG."),
         ]
     return [nvml, Check("energy counter", "ok", "readable")]
+
+
+def _check_cpu() -> Check:
+    used = cpu_in_use()
+    if used:
+        return Check("cpu", "warn", used, "Wait until it is idle, or stop the other process.")
+    return Check("cpu", "ok", "not busy")
 
 
 def _check_disk(results: Path) -> Check:

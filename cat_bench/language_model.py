@@ -7,6 +7,7 @@ Shapes: b batch, t tokens, d width, v vocabulary.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import accumulate
@@ -146,6 +147,7 @@ class LanguageModel(ForwardPath):
     def num_params_non_embedding(self) -> int:
         return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
 
+    @abstractmethod  # architecture.missing_members
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
         raise _undefined(self, "state_bytes(batch_size, seq_len)")
 
@@ -153,6 +155,7 @@ class LanguageModel(ForwardPath):
         """All of it: no token ids, and counters lie on the host."""
         return self.state_bytes(batch_size, seq_len)
 
+    @abstractmethod  # architecture.missing_members
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         raise _undefined(self, "step_costs(batch_size, num_tokens)")
 

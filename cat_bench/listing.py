@@ -78,6 +78,8 @@ def _readiness(info: spec.ArchitectureInfo, kind: str, path: str) -> str:
         f"{other_version(name) or name}: {install_command(name)}"
         for name in info.lacking(kind, path)
     ]
+    if info.lacks:
+        return f"not ready: its Model lacks {', '.join(info.lacks)}"
     if lacking:
         return f"needs {'; '.join(lacking)}"
     return "ready on a GPU" if info.needs_gpu(kind, path) else "ready"

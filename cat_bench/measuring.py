@@ -122,7 +122,8 @@ def check_machine(planned: Sequence[Case], open_cases: Sequence[Case] | None = N
     """Raises UserError where there is no GPU for `planned`, or each of them lacks a package.
 
     Where only some lack one it is a warning: each of these that will be measured (`open_cases`, all
-    by default) gets a row `unsupported`. A drift reference alone is no reason to run.
+    by default) gets a row `unsupported`. A drift reference alone is no reason to run. A CPU that is
+    to be measured and busy is a warning, too.
     """
     if open_cases is not None and not open_cases:
         return  # nothing will be measured
@@ -139,11 +140,22 @@ def check_machine(planned: Sequence[Case], open_cases: Sequence[Case] | None = N
             f"no case can run here: {'; '.join(texts)}.",
             f"Start a run with {' '.join(flags)}, or install it: {installs}",
         )
-    for package, uses in _by_package(planned if open_cases is None else open_cases).items():
+    measured = planned if open_cases is None else open_cases
+    if any(case.device == "cpu" for case in measured):
+        _warn_of_a_busy_cpu()
+    for package, uses in _by_package(measured).items():
         warn(
             f"cases of {uses} will be unsupported: they need the package {missing(package)}. "
             f"Install it: {install_command(package)}"
         )
+
+
+def _warn_of_a_busy_cpu() -> None:
+    from cat_bench import environment
+
+    used = environment.cpu_in_use()
+    if used:
+        warn(f"{used}. Wait until it is idle, or stop that process.")
 
 
 def _check_gpu(cases: Iterable[Case]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cat_bench.architecture import DTYPES, Architecture, State, Tokens
+from cat_bench.architecture import DTYPES, Architecture, State, Tokens, step_kind
 from cat_bench.generate import Prompt, greedy
 
 Clock = Callable[[], float]  # seconds
@@ -163,7 +163,7 @@ def step_times(
     greedy(model, prompt, new_tokens, state, tokens, on_prefill=marks.add, on_step=marks.add)
     synchronize(device)
     return [
-        StepTime(model.step_kind(n), n, duration_s)
+        StepTime(step_kind(model, n), n, duration_s)
         for n, duration_s in enumerate(marks.intervals_s(), first)
     ]
 

@@ -36,6 +36,15 @@ SECTION = re.compile(
     re.DOTALL,
 )
 FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
+FORMAT_OF = {  # a file's ending -> what it must hold; any other ending may hold anything
+    ".json": "json",
+    ".csv": "csv",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".tex": "latex",
+    ".html": "html",
+    ".htm": "html",
+}
 
 
 def case_text(run: store.Run, key: str) -> str:
@@ -64,6 +73,17 @@ def _dict_lines(values: dict) -> list[str]:
 
 
 # Reports over several runs, with the paper's values beside ours
+
+
+def form_of(output: Path | None, asked: str | None) -> str:
+    """The one of FORMATS that is asked for, else that of the file's ending, else "table"."""
+    told = FORMAT_OF.get(output.suffix.lower()) if output else None
+    if asked and told and asked != told:
+        raise UserError(
+            f"{output} must hold {told} by its ending, but the format asked for is {asked}.",
+            "Drop the format, or give the file another ending.",
+        )
+    return asked or told or "table"
 
 
 def report_text(runs: Sequence[store.Run], form: str, published: Sequence = ()) -> str:

@@ -36,6 +36,7 @@ TINY = {
 TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
 FUNCTION = re.compile(r"\s*(?:async )?def (\w+)")
 PRESET_NAME = re.compile(r"[^\s:,]+(?<!\.py)")  # what `parse` and lists with commas leave whole
+OPTIONAL = ("forward_paths", "step_kind")  # of the class Architecture
 NO_DEFAULT = object()  # a field whose default is absent or no literal
 
 
@@ -84,6 +85,7 @@ class ArchitectureInfo:
     requires: dict[str, str | tuple[str, ...]]  # REQUIRES as it stands there: see `packages`
     upstream_lacks: dict[str, str]  # setting -> why the authors' program cannot have it
     exports: frozenset[str]  # names that its top level defines or imports
+    lacks: tuple[str, ...]  # of `members`, as far as its source tells
 
     def fastest(self, device: str) -> str:
         """The decode path that stands for this architecture in comparisons on `device`."""
@@ -355,6 +357,12 @@ def _read_all(files: tuple[tuple[str, Path, int], ...]) -> list[ArchitectureInfo
     return found
 
 
+def members() -> list[str]:
+    """What every Model must have: the class Architecture of architecture.py, less OPTIONAL."""
+    protocol = _classes(_tree(PACKAGE / "architecture.py"))["Architecture"]
+    return [name for name in _members(protocol) if name not in OPTIONAL]
+
+
 def suites() -> list[tuple[str, str]]:
     """(name, summary) of every file in suites/ and recall_tasks/ that defines plan and measure."""
     return [(path.stem, _summary(tree)) for _, path, tree in _suite_files()]
@@ -434,6 +442,7 @@ def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
         requires=requires,
         upstream_lacks=_dict(path, "UPSTREAM_LACKS", constants),
         exports=frozenset(_defined(tree)),
+        lacks=_lacks(lineage),
     )
 
 
@@ -455,6 +464,39 @@ def _lineage(path: Path, name: str) -> dict[tuple[Path, str], ast.ClassDef]:
             found[file, name] = node
         places = [_place(file, text) for text in (map(ast.unparse, node.bases) if node else [name])]
         waiting += [place for place in places if place not in waiting]
+    return found
+
+
+def _lacks(lineage: dict[tuple[Path, str], ast.ClassDef]) -> tuple[str, ...]:
+    """Those of `members` that no class has; none where one of them has a base that is not found,
+    unless that is torch's.
+    """
+    bases = [
+        (file, ast.unparse(base)) for (file, _), node in lineage.items() for base in node.bases
+    ]
+    unseen = {name for file, name in bases if _place(file, name) not in lineage}
+    if not lineage or not unseen <= {"nn.Module", "torch.nn.Module", "Module", "object"}:
+        return ()
+    have = {name for node in lineage.values() for name in _members(node)}
+    texts = [file.read_text(encoding="utf-8") for file in {file for file, _ in lineage}]
+    return tuple(
+        name
+        for name in members()
+        if name not in have  # then `self.name = ...` or `self.name, self.other = ...`
+        and not any(re.search(rf"\bself\.{name}\b[^\n=(]*=", text) for text in texts)
+    )
+
+
+def _members(node: ast.ClassDef) -> list[str]:
+    """Names that a class defines, or declares, in order; without its abstract methods."""
+    found = []
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef):
+            decorators = [ast.unparse(decorator) for decorator in part.decorator_list]
+            found += [] if "abstractmethod" in decorators else [part.name]
+        elif isinstance(part, ast.Assign | ast.AnnAssign):
+            targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+            found += [target.id for target in targets if isinstance(target, ast.Name)]
     return found
 
 

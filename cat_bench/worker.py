@@ -23,7 +23,7 @@ import numpy
 import torch
 
 from cat_bench import checkpoint
-from cat_bench.architecture import Architecture, build, make_config
+from cat_bench.architecture import Architecture, build
 from cat_bench.case import Case, Record
 from cat_bench.environment import clock_state
 from cat_bench.errors import UserError
@@ -142,7 +142,7 @@ def check(names: list[str]) -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     _answer({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices})
     for name in names:
-        make_config(parse(name))
+        build(parse(name), device="meta")
         _answer(name)
 
 

@@ -32,7 +32,9 @@ from cat_bench.architecture import (
     Architecture,
     generation_flops,
     load_module,
+    missing_members,
     prefill_costs,
+    step_kind,
 )
 from cat_bench.errors import UserError
 from cat_bench.loss import output_head
@@ -85,6 +87,8 @@ class Subject:
         chosen = {} if forward_path == "eager" else {"forward_path": forward_path}
         torch.manual_seed(0)  # vectors that start at random are the same in every model
         model = self.model_class(self.config, decode_path, **chosen).double()
+        missing = missing_members(model)
+        assert not missing, f"the class Model must define {', '.join(missing)}"
         return randomise(model, std).to(device, DTYPES[dtype]).eval()
 
     def tokens(self, batch_size: int, seq_len: int = SEQ_LEN, seed: int = 1) -> Tensor:
@@ -388,7 +392,7 @@ def check_step_costs(subject: Subject) -> None:
     model = subject.model()
     for num_tokens in range(1, SEQ_LEN + 1):
         one, two = (model.step_costs(batch, num_tokens) for batch in (1, 2))
-        assert isinstance(model.step_kind(num_tokens), str)
+        assert isinstance(step_kind(model, num_tokens), str)
         for cost in (*one, *two):
             assert all(math.isfinite(x) and x >= 0 for x in (cost.num_bytes, cost.flops)), cost
         flops_one, flops_two = (sum(cost.flops for cost in costs) for costs in (one, two))
@@ -408,7 +412,7 @@ def check_step_costs_are_those_of_a_step(subject: Subject) -> None:
         counter, products = FlopCounterMode(display=False), Products()
         with counter, products, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             _, state = model.step(token, state)
-        done[model.step_kind(num_tokens)] = num_tokens, counter.get_total_flops(), products.read
+        done[step_kind(model, num_tokens)] = num_tokens, counter.get_total_flops(), products.read
     weights = storages(list(model.parameters()))
     most = sum(weights.values()) + 2 * model.state_bytes(*tokens.shape)  # read and written
     for kind, (num_tokens, counted, read) in done.items():

@@ -503,6 +503,21 @@ def test_a_drift_reference_is_no_reason_to_run(tmp_path: Path):
         measuring.check_machine([a_case(str(mine)), a_case("dense", reference="0")])
 
 
+@pytest.mark.parametrize(
+    ("load", "device", "is_told"), [(1.2, "cpu", True), (0.9, "cpu", False), (1.2, "cuda", False)]
+)
+def test_a_busy_cpu_that_is_measured_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, load, device, is_told
+):
+    monkeypatch.setattr(measuring, "_check_gpu", lambda cases: None)
+    monkeypatch.setattr(environment, "_cpu_cores", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    measuring.check_machine([Case("efficiency", "dense", 1, 8, 16, "float32", device)])
+    err = capsys.readouterr().err
+    assert ("warning: another process is using the CPU (load 1.2 on 2 cores" in err) == is_told
+    assert is_told or not err
+
+
 def test_a_package_is_told_once_and_with_all_that_need_it(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -542,6 +557,15 @@ def test_the_list_shows_a_file_outside_the_tree(cat_bench: Cli, tmp_path: Path):
     mine.write_text('PRESETS = {"mine-wide": {"width": 128}}\n' + mine.read_text())
     (shown,) = json.loads(cat_bench("list", "-a", mine, "--json").out)["architectures"]
     assert shown["presets"] == {}  # no spec could name them
+
+
+def test_the_list_calls_no_path_ready_that_lacks_a_member(cat_bench: Cli, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FAULTY.replace("dense.Model", ""))
+    (shown,) = json.loads(cat_bench("list", "-a", mine, "--json").out)["architectures"]
+    lacks = shown["decode_paths"]["eager"]
+    assert lacks.startswith("not ready: its Model lacks decode_path, config, max_len, num_params")
+    assert lacks.endswith("prefill, state_bytes, state_bytes_float, step_costs")
 
 
 def test_a_plan_says_where_eager_stands_beside_a_fast_path(cat_bench: Cli, tmp_path: Path):
@@ -769,6 +793,22 @@ def test_report_writes_every_format(cat_bench: Cli, one_run: Path, form: str, ma
     path = one_run.parent / "report.txt"
     written = cat_bench("report", "1", "--format", form, "--published", "-o", path)
     assert written.out == "" and str(path) in written.err and mark in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("ending", "mark"),
+    [(".csv", ","), (".md", "| "), (".tex", "\\toprule"), (".HTML", "<html"), (".json", "[")],
+)
+def test_a_report_has_the_format_of_its_ending(
+    cat_bench: Cli, one_run: Path, ending: str, mark: str
+):
+    path, usual = one_run.parent / f"report{ending}", one_run.parent / "report.txt"
+    assert cat_bench("report", "1", "-o", path).code == cat_bench("report", "1", "-o", usual).code
+    assert mark in path.read_text() and path.read_text() != usual.read_text()
+    other = ("--format", "latex") if ending != ".tex" else ("--json",)
+    path.unlink()
+    refused(cat_bench("report", "1", *other, "-o", path), f"report{ending} must hold ", "asked for")
+    assert not path.exists()
 
 
 def test_compare_exits_with_4_where_a_case_got_slower(cat_bench: Cli, one_run: Path):

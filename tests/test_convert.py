@@ -138,8 +138,9 @@ def test_what_cannot_be_read_or_written_is_one_sentence(
         ("nowhere", "does not exist"),
         (".", "lacks model.safetensors and"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=said) as error:
             convert.from_upstream(spec, tmp_path / source, tmp_path / "ours")
+    assert f"holds {checkpoint.WEIGHTS} or {convert.INDEX}" in error.value.hint
     with pytest.raises(UserError, match="exists already"):
         convert.from_upstream(spec, upstream, tmp_path)
     with pytest.raises(UserError, match="dense has no map of upstream weights"):

@@ -289,6 +289,16 @@ def test_doctor_fails_where_torch_cannot_use_the_gpu(gpu):
     assert [check.status for check in environment._check_torch(facts)] == ["ok", "fail"]
 
 
+def test_doctor_tells_a_busy_cpu(monkeypatch):
+    assert environment._check_cpu().status == "ok"
+    monkeypatch.setattr(environment, "_cpu_cores", lambda: 1)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.6, 0.0, 0.0))
+    check = environment._check_cpu()
+    assert check.status == "warn" and "(load 0.6 on 1 core, " in check.detail and check.fix
+    monkeypatch.delattr(environment.os, "getloadavg")  # Windows
+    assert environment._check_cpu().status == "ok"
+
+
 def test_doctor_tells_a_missing_energy_counter(gpu):
     assert [check.status for check in environment._check_nvml()] == ["ok", "ok"]
     gpu.nvmlDeviceGetTotalEnergyConsumption = refuse

@@ -45,6 +45,13 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.decode_path = config, decode_path
         self.weight = nn.Parameter(torch.rand(()))
+        self.max_len = None
+        self.num_params = self.num_params_non_embedding = 1
+
+    def forward(self, tokens):
+        raise NotImplementedError
+
+    init_state = reset = prefill = state_bytes = state_bytes_float = step_costs = forward
 
     def step(self, token, state):
         if self.config.fault == "oom":

@@ -3,14 +3,15 @@
 import sys
 from pathlib import Path
 
+import contract
 import pytest
 import torch
 
 from cat_bench import predict, user_code
-from cat_bench.architecture import build, load_module, make_config
+from cat_bench.architecture import Architecture, build, load_module, make_config, step_kind
 from cat_bench.case import Options
 from cat_bench.errors import UserError
-from cat_bench.spec import parse, resolve
+from cat_bench.spec import OPTIONAL, describe, members, parse, resolve
 from cat_bench.suites.efficiency import plan
 
 SOUND = '''"""Dense, tiny."""
@@ -89,27 +90,74 @@ def test_whatever_a_file_raises_is_one_sentence(
     assert error.__cause__ is error.error  # --debug shows the traceback
 
 
-@pytest.mark.parametrize(
-    ("method", "signature"),
-    [("state_bytes", "(batch_size, seq_len)"), ("step_costs", "(batch_size, num_tokens)")],
+BARE = '''"""A model that can only read a prompt."""
+from dataclasses import dataclass
+from cat_bench.language_model import LanguageModel
+from torch import nn
+
+@dataclass(frozen=True)
+class Config:
+    width: int = 64
+
+class Model(nn.Module):
+    def __init__(self, config, decode_path):
+        super().__init__()
+        self.config, self.decode_path = config, decode_path
+
+    def prefill(self, tokens, state):
+        return self.step(tokens, state)
+'''
+LACKS = (
+    "decode_paths, max_len, num_params, num_params_non_embedding, forward, init_state, reset, "
+    "step, state_bytes, state_bytes_float, step_costs"
 )
-def test_a_forgotten_method_is_named(mine: Path, method: str, signature: str) -> None:
-    forgotten = f"    {method} = dense.Transformer.{method}\n"
-    mine.write_text(SOUND + forgotten)
-    with pytest.raises(UserError, match=f"the class Model must define {method}") as caught:
-        options = Options(device="cuda", batch_sizes=(1,))
-        predict.resolve(plan([parse(str(mine))], options), "NVIDIA H200")
-    assert f"NotImplementedError: the class Model must define {method}{signature}." in str(
-        caught.value
-    )
+FROM_OURS = BARE.replace("nn.Module", "LanguageModel").replace(
+    "__init__()", "__init__(Config(), [], decode_path, 'eager')"
+)
 
 
-@pytest.mark.parametrize(("paths", "got"), [("", "None"), ('("eager")', "'eager'")])
-def test_a_model_without_a_tuple_of_decode_paths_is_refused(
-    mine: Path, paths: str, got: str
-) -> None:
-    attribute = f"    decode_paths = {paths}\n" if paths else ""
-    mine.write_text(SOUND.replace("(dense.Model)", "") + attribute)
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        (BARE, LACKS),
+        (
+            FROM_OURS.replace("width: int = 64", "width = vocab_size = num_layers = norm_eps = 64"),
+            "init_state, reset, step, state_bytes, step_costs",
+        ),
+    ],
+)
+def test_all_that_a_model_lacks_is_told_at_once(mine: Path, text: str, lacks: str) -> None:
+    mine.write_text(text)
+    error = refusal(mine)
+    assert error.message == f"{mine}: the class Model must define {lacks}."
+    assert "cat_bench/architecture.py" in error.hint
+    assert describe(str(mine)).lacks == tuple(lacks.split(", "))  # told without an import
+    (subject, *_) = contract.subjects_of(str(mine))
+    with pytest.raises(AssertionError, match=f"must define {lacks}"):
+        subject.model()
+
+
+def test_a_kind_of_step_is_optional(mine: Path) -> None:
+    mine.write_text(BARE)
+    module = load_module(parse(str(mine)))
+    assert step_kind(module.Model(module.Config(), "eager"), 3) == "step"
+
+
+@pytest.mark.parametrize("base", ["dense.Model", "unknown.Model"])
+def test_what_a_base_may_define_is_not_missing(mine: Path, base: str) -> None:
+    mine.write_text(SOUND.replace("dense.Model", base))
+    assert describe(str(mine)).lacks == ()
+
+
+def test_the_members_are_those_of_the_protocol() -> None:
+    declared = {*Architecture.__annotations__, *vars(Architecture)}
+    assert {*members(), *OPTIONAL} <= declared
+    assert {name for name in declared if name[0] != "_"} == {*members(), *OPTIONAL}
+
+
+@pytest.mark.parametrize(("paths", "got"), [("None", "None"), ('("eager")', "'eager'")])
+def test_decode_paths_that_are_no_tuple_are_refused(mine: Path, paths: str, got: str) -> None:
+    mine.write_text(f"{SOUND}    decode_paths = {paths}\n")
     error = refusal(mine)
     assert error.message == f"{mine}: Model.decode_paths must be a tuple of names, got {got}."
     assert 'decode_paths = ("eager",)' in error.hint
