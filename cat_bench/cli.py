@@ -267,7 +267,7 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare two runs; exit code 4 where a case got slower.
+    """Compare two runs; exit code 4 where a case got slower, 2 where none can be compared.
 
     + worse, - better, ~ within noise, ! newly failing, x not comparable.
     """

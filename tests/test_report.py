@@ -406,6 +406,35 @@ def test_three_repeats_give_no_verdict(tmp_path) -> None:
     assert made.text["remark"][0] == "3 repeats cannot separate these"
 
 
+def test_compare_pairs_cases_whatever_repeats_asked_for(tmp_path) -> None:
+    dense = case("dense")
+    a = make_run(tmp_path, "a", rows=[(dense, lambda key: timed(key, 4.0, 1.0, 0.001, 10))])
+    ten = [(dense.with_repeats(10), lambda key: timed(key, 5.0, 1.0, 0.001, 10))]
+    made = compare_table(a, make_run(tmp_path, "b", rows=ten))
+    assert made.text["mark"].tolist() == ["+"]
+    assert made.notes[0] == "1 of 1 comparable cases got worse."
+
+
+def test_compare_refuses_runs_with_nothing_to_compare(tmp_path) -> None:
+    a = make_run(tmp_path, "a")
+    row = [(case("dense", 1), lambda key: timed(key, 1.0, 1.0))]
+    with pytest.raises(UserError, match="0001-a and 0002-b share no case: they differ in batch_si"):
+        compare_table(a, make_run(tmp_path, "b", rows=row))
+    crossed = [(("dense", 1), ("cat", 256)), (("dense", 256), ("cat", 1))]
+    runs = [
+        make_run(tmp_path, "c", rows=[(case(*one), lambda key: timed(key, 1.0, 1.0)) for one in of])
+        for of in crossed
+    ]
+    with pytest.raises(UserError, match="share no case: no two of them have the same settings"):
+        compare_table(*runs)
+    failed = [(case("dense"), lambda key: closed(key, "oom"))]
+    runs = [make_run(tmp_path, "d", rows=failed) for _ in range(2)]
+    with pytest.raises(UserError, match="can be compared: oom -> oom"):
+        compare_table(*runs)
+    with pytest.raises(UserError, match="0007-e has no finished case"):
+        compare_table(a, make_run(tmp_path, "e", rows=[(case("dense"), None)]))
+
+
 def test_compare_says_the_remarks_of_both_runs(tmp_path) -> None:
     runs = [make_run(tmp_path, name) for name in ("a", "b")]
     for run in runs:
