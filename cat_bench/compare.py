@@ -142,11 +142,13 @@ def _compare_ratios(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     factor = b["speedup"] / a["speedup"]
     # Ends against opposite ends: wider than a joint interval, so a verdict is never too bold.
     low, high = b["speedup_low"] / a["speedup_high"], b["speedup_high"] / a["speedup_low"]
-    sure = (low > 1 or high < 1) and abs(factor - 1) > stats.MARGIN
+    few = stats.too_few(int(a["speedup_n"]), int(b["speedup_n"]))
+    sure = not few and (low > 1 or high < 1) and abs(factor - 1) > stats.MARGIN
     return {
         "change": f"{a['speedup']:.2f}x -> {b['speedup']:.2f}x Dense",
         **_factor(factor, low, high),
         "mark": ("-" if factor > 1 else "+") if sure else "~",
+        "remark": few,
     }
 
 

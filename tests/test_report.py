@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -472,6 +473,21 @@ def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
     assert by_label.loc["Dense", "mark"] == "~"
     assert by_label.loc["CAT-8", "mark"] == "+"
     assert by_label.loc["CAT-8", "change"] == "2.00x -> 1.00x Dense"
+
+
+@pytest.mark.parametrize(("n", "mark"), [(3, "~"), (10, "+")])
+def test_ratios_of_three_repeats_give_no_verdict_either(tmp_path, n: int, mark: str) -> None:
+    runs = []
+    for gpu, seconds in (("NVIDIA H200", 2.0), ("NVIDIA A100", 4.0)):
+        rows = [
+            (case(arch), partial(timed, seconds=s, gib=1.0, spread=0.001, n=count))
+            for arch, s, count in (("dense", 4.0, 10), ("cat", seconds, n))
+        ]
+        runs.append(make_run(tmp_path, "a", {**GPU, "gpu_name": gpu}, rows))
+    made = compare_table(*runs, across_machines=True)
+    cat = made.text.set_index("architecture").loc["CAT-8"]
+    assert (cat["mark"], made.num_worse) == (mark, int(mark == "+"))
+    assert cat["remark"] == ("3 repeats cannot separate these" if n == 3 else "")
 
 
 @pytest.mark.parametrize(
