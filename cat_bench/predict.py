@@ -35,9 +35,10 @@ GIB = 2**30
 
 # Read bandwidth (bytes/s) and bf16 matmul rate (FLOP/s) seen on these GPUs: nominal, not of this
 # very device. Measured ceilings (profiler.ceilings) replace them in the rows of a run.
-# Their memory sizes are the makers', for a plan made where there is none.
 ASSUMED_CEILINGS = {"H100": (2.9e12, 800e12), "H200": (4.2e12, 790e12), "A100": (1.6e12, 200e12)}
-ASSUMED_MEMORY_BYTES = {"H100": 80e9, "H200": 141e9, "A100": 80e9}
+# For a plan made where there is none: as gpu_memory_bytes in environment.json of
+# results/0042-training-h100 and results/h200/0001-fig3-h100 says; of an A100 as its datasheet does.
+ASSUMED_MEMORY_BYTES = {"H100": 85_520_809_984, "H200": 150_754_820_096, "A100": 80e9}
 # Dense bfloat16 rate (FLOP/s) by NVML's name: a PCIe or NVL card of the same chip has another one.
 DATASHEET_FLOPS_PER_S = {
     "NVIDIA H100 80GB HBM3": 989.4e12,

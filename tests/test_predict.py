@@ -207,6 +207,15 @@ def test_the_table_without_a_gpu_says_what_is_needed() -> None:
     assert not [column for column in table if column.startswith("fits")]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "run"), [("H100", "0042-training-h100"), ("H200", "h200/0001-fig3-h100")]
+)
+def test_the_assumed_memory_is_what_a_measured_gpu_has(gpu: str, run: str) -> None:
+    environment = store.Run.open(ROOT / "results" / run).environment
+    assert gpu in environment["gpu_name"]
+    assert predict.ASSUMED_MEMORY_BYTES[gpu] == environment["gpu_memory_bytes"]
+
+
 def test_no_measured_case_reserved_less_than_its_least() -> None:
     for run in map(store.Run.open, sorted((ROOT / "results").glob("004[23]-*"))):
         records, resolved = run.records(), run.resolved()
