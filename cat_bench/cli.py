@@ -92,7 +92,11 @@ Device = Annotated[
 ]
 Gpu = Annotated[
     str | None,
-    typer.Option("--gpu", help="With --dry-run: predict for an H100, H200 or A100 instead."),
+    typer.Option(
+        "--gpu",
+        help="With --dry-run: predict for an H100, H200 or A100 instead.",
+        callback=lambda gpu: gpu and gpu.upper(),
+    ),
 ]
 Match = Annotated[
     str | None,

@@ -375,7 +375,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(cat_bench: Cli):
     assert "cuda, cuda_graph" in lines[0]
     assert "fits in 140.4 GiB (H200, assumed)" in lines[1] and "floor s" in lines[1]
     assert " not ruled out " in lines[2] and float(lines[2].split()[-1]) > 1
-    small = cat_bench(*arguments, "--gpu", "H100").out.splitlines()
+    small = cat_bench(*arguments, "--gpu", "h100").out.splitlines()
     assert "fits in 79.6 GiB (H100, assumed)" in small[1]
     assert small[3].split()[-2:] == ["NO", "-"]  # 96 GiB
     assert "needs at least GiB" in small[1] and "activations (of training, and" in small[-2]
