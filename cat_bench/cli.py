@@ -92,7 +92,11 @@ Device = Annotated[
 ]
 Gpu = Annotated[
     str | None,
-    typer.Option("--gpu", help="With --dry-run: predict for an H100, H200 or A100 instead."),
+    typer.Option(
+        "--gpu",
+        help="With --dry-run: predict for an H100, H200 or A100 instead.",
+        callback=lambda gpu: gpu and gpu.upper(),
+    ),
 ]
 Match = Annotated[
     str | None,
@@ -267,7 +271,7 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare two runs; exit code 4 where a case got slower.
+    """Compare two runs; exit code 4 where a case got slower, 2 where none can be compared.
 
     + worse, - better, ~ within noise, ! newly failing, x not comparable.
     """

@@ -1,7 +1,7 @@
 """`cat-bench compare A B`: what got faster or slower between two runs, and whether one can tell.
 
-Equal cases are paired by key; the ratio carries an interval, and a verdict needs samples that can
-separate the two (stats.py). No torch.
+Equal cases are paired by key, whatever --repeats asked for; the ratio carries an interval, and a
+verdict needs samples that can separate the two (stats.py). No torch.
 
 Try it: cat-bench compare 1 2
 """
@@ -15,7 +15,7 @@ import pandas as pd
 from cat_bench import stats, store
 from cat_bench.columns import Column, digits, faster, percent, whole
 from cat_bench.errors import UserError
-from cat_bench.measurements import frame, latency_samples, measured
+from cat_bench.measurements import SETTINGS, frame, latency_samples, measured
 from cat_bench.messages import plural
 from cat_bench.notes import name_of, remarks
 from cat_bench.tables import Table, dense_first, distinct_labels, table
@@ -24,10 +24,11 @@ from cat_bench.tables import Table, dense_first, distinct_labels, table
 def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = False) -> Table:
     """`compare A B`: equal cases of both, latency of B over A with an interval, and a mark.
 
-    + worse, - better, ~ within noise, ! newly failing, x not comparable. Raises UserError where the
-    runs come from different GPUs, unless ratios to Dense are asked for.
+    + worse, - better, ~ within noise, ! newly failing, x not comparable. Raises UserError where no
+    case can be compared, and where the runs come from different GPUs, unless ratios to Dense are
+    asked for.
     """
-    rows_a, rows_b = (distinct_labels(measured(frame([run]))) for run in (run_a, run_b))
+    rows_a, rows_b = _rows(run_a), _rows(run_b)
     devices = [_device(rows) for rows in (rows_a, rows_b)]
     if devices[0] != devices[1] and not across_machines:
         raise UserError(
@@ -38,12 +39,21 @@ def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = Fa
     compare_case = _compare_ratios if across_machines else _compare_seconds
     pairs = _pairs(rows_a, rows_b)
     lines = [_compare(a, b, compare_case) for a, b in pairs if a is not None and b is not None]
-    num_alone = len(pairs) - len(lines)
+    names = f"runs {run_a.name} and {run_b.name}"
+    if not lines:
+        raise UserError(f"{names} share no case: {_difference(rows_a, rows_b)}.", NOTHING_SHARED)
     rows = pd.DataFrame(lines)
-    num_worse = int(rows["mark"].isin(["+", "!"]).sum()) if lines else 0
+    if (rows["mark"] == "x").all():
+        reasons = rows["remark"].where(rows["remark"] != "", rows["change"])
+        raise UserError(
+            f"no case of {names} can be compared: {'; '.join(reasons.unique())}.",
+            "`cat-bench show RUN` says how its cases ended.",
+        )
+    num_alone = len(pairs) - len(lines)
+    num_worse = int(rows["mark"].isin(["+", "!"]).sum())
     heading = f"{run_a.name}: {devices[0]} · {run_b.name}: {devices[1]}"
     return replace(
-        table(rows, COMPARE_COLUMNS) if lines else Table(rows, pd.DataFrame()),
+        table(rows, COMPARE_COLUMNS),
         heading=heading,
         notes=(
             _verdict(rows, num_worse, num_alone) + _other_step_path(pairs),
@@ -66,16 +76,38 @@ COMPARE_COLUMNS = (
 )
 
 
+NOTHING_SHARED = "Measure the same cases in both, or print them in one table: cat-bench report A B."
+
+
+def _rows(run: store.Run) -> pd.DataFrame:
+    """The measured rows of a run; a case is the same with any number of repeats."""
+    rows = distinct_labels(measured(frame([run])))
+    if rows.empty:
+        raise UserError(
+            f"run {run.name} has no finished case.", f"cat-bench run --resume {run.name}"
+        )
+    keys = {key: case.with_repeats(None).key for key, case in run.cases().items()}
+    return rows.assign(case=rows["case"].map(keys))
+
+
+def _difference(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> str:
+    """Why no case of one run is one of the other: settings of which they share no value."""
+    settings = [name for name in (*store.CASE_FIELDS, *SETTINGS) if name != "settings"]
+    apart = [n for n in settings if not {*rows_a[n].astype(str)} & {*rows_b[n].astype(str)}]
+    if not apart:
+        return "no two of them have the same settings throughout"
+    return f"they differ in {', '.join(apart)}"
+
+
 def _device(rows: pd.DataFrame) -> str:
-    return (
-        ", ".join(dict.fromkeys(rows["device_name"].fillna("unknown"))) if len(rows) else "no case"
-    )
+    return ", ".join(dict.fromkeys(rows["device_name"].fillna("unknown")))
 
 
 def _pairs(rows_a: pd.DataFrame, rows_b: pd.DataFrame) -> list[tuple]:
     """(row of A or None, row of B or None) for each case of either, by batch size and length."""
-    rows_a, rows_b = (rows if rows.empty else dense_first(rows) for rows in (rows_a, rows_b))
-    by_key = [{row["case"]: row for _, row in rows.iterrows()} for rows in (rows_a, rows_b)]
+    by_key = [
+        {row["case"]: row for _, row in dense_first(rows).iterrows()} for rows in (rows_a, rows_b)
+    ]
     keys = dict.fromkeys([*by_key[0], *by_key[1]])
     return [(by_key[0].get(key), by_key[1].get(key)) for key in keys]
 
@@ -110,11 +142,13 @@ def _compare_ratios(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     factor = b["speedup"] / a["speedup"]
     # Ends against opposite ends: wider than a joint interval, so a verdict is never too bold.
     low, high = b["speedup_low"] / a["speedup_high"], b["speedup_high"] / a["speedup_low"]
-    sure = (low > 1 or high < 1) and abs(factor - 1) > stats.MARGIN
+    few = stats.too_few(int(a["speedup_n"]), int(b["speedup_n"]))
+    sure = not few and (low > 1 or high < 1) and abs(factor - 1) > stats.MARGIN
     return {
         "change": f"{a['speedup']:.2f}x -> {b['speedup']:.2f}x Dense",
         **_factor(factor, low, high),
         "mark": ("-" if factor > 1 else "+") if sure else "~",
+        "remark": few,
     }
 
 
@@ -125,8 +159,6 @@ def _factor(factor: float, low: float, high: float) -> dict[str, float]:
 
 def _verdict(rows: pd.DataFrame, num_worse: int, num_alone: int) -> str:
     alone = f" {num_alone} cases are in one of the runs only." if num_alone else ""
-    if rows.empty:
-        return f"The two runs share no case.{alone}"
     num_both = int((rows["mark"] != "x").sum())
     return f"{num_worse} of {num_both} comparable cases got worse.{alone}"
 

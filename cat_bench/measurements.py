@@ -200,7 +200,7 @@ def _with_intervals(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds speedup (Dense seconds / seconds) with its interval, the same over Dense-2D, and
+    """Adds speedup (Dense seconds / seconds) with its interval and n, the same over Dense-2D, and
     MEMORY_RATIOS over Dense."""
 
     def ratios(row: pd.Series) -> dict[str, Any]:
@@ -253,12 +253,11 @@ def joined(rows: pd.DataFrame, found: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _speedup(name: str, reference: pd.Series, row: pd.Series) -> dict[str, float]:
-    """Reference seconds / seconds and the ends of its interval; 1 for the reference itself."""
-    ends = (1.0, 1.0, 1.0)
+    """Reference seconds / seconds, its interval's ends and n; 1 for the reference itself."""
+    found = stats.Interval(1.0, 1.0, 1.0, len(latency_samples(row)))
     if reference.name != row.name:
-        interval = _ratio(tuple(latency_samples(reference)), tuple(latency_samples(row)))
-        ends = interval.median, interval.low, interval.high
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+        found = _ratio(tuple(latency_samples(reference)), tuple(latency_samples(row)))
+    return dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_n"), found, strict=True))
 
 
 @cache

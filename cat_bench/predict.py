@@ -1,4 +1,4 @@
-"""What a plan costs before anything runs: parameters, state, does it fit, least time, matches.
+"""What a plan costs before anything runs: parameters, state, least memory and time, matches.
 
 Models are built on the meta device, which allocates nothing, so the numbers are exact: the same
 formulas and modules that are measured later. `--dry-run` prints `plan_table`; plan.json keeps
@@ -32,13 +32,13 @@ from cat_bench.spec import resolve as resolve_name
 from cat_bench.user_code import running, source_hash
 
 GIB = 2**30
-HEADROOM = 1.10  # workspace: a tenth of weights + state
 
 # Read bandwidth (bytes/s) and bf16 matmul rate (FLOP/s) seen on these GPUs: nominal, not of this
 # very device. Measured ceilings (profiler.ceilings) replace them in the rows of a run.
-# Their memory sizes are the makers', for a plan made where there is none.
 ASSUMED_CEILINGS = {"H100": (2.9e12, 800e12), "H200": (4.2e12, 790e12), "A100": (1.6e12, 200e12)}
-ASSUMED_MEMORY_BYTES = {"H100": 80e9, "H200": 141e9, "A100": 80e9}
+# For a plan made where there is none: as gpu_memory_bytes in environment.json of
+# results/0042-training-h100 and results/h200/0001-fig3-h100 says; of an A100 as its datasheet does.
+ASSUMED_MEMORY_BYTES = {"H100": 85_520_809_984, "H200": 150_754_820_096, "A100": 80e9}
 # Dense bfloat16 rate (FLOP/s) by NVML's name: a PCIe or NVL card of the same chip has another one.
 DATASHEET_FLOPS_PER_S = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
@@ -260,14 +260,16 @@ def _floor_s(
 # --- the table of --dry-run -----------------------------------------------------------------------
 
 
-def needed_bytes(row: dict) -> float:
-    """Weights, state (training: gradients and optimizer; activations are not predicted), and a
-    tenth of them for work space."""
-    return (row["weights_bytes"] + row["state_bytes"] + row["training_bytes"]) * HEADROOM
+LEAST = "needs at least GiB"
+LEAST_NOTE = (
+    f"{LEAST} = weights + state (training: + gradients + Adam); activations (of training, and of "
+    "prompts read in one call) come on top."
+)
 
 
-def fits(row: dict, device_memory_bytes: float) -> bool:
-    return needed_bytes(row) <= device_memory_bytes
+def least_bytes(row: dict) -> int:
+    """Weights and state (training: gradients and optimizer); activations are not predicted."""
+    return row["weights_bytes"] + row["state_bytes"] + row["training_bytes"]
 
 
 def plan_table(
@@ -278,7 +280,7 @@ def plan_table(
 ) -> pd.DataFrame:
     """The plan as people read it: one row per shape of an architecture, units in the headers.
 
-    With `memory_bytes` it says whether a case fits; `memory_of` says in what ("host"). Of suite
+    With `memory_bytes` it says which cases cannot fit; `memory_of` says in what ("host"). Of suite
     attention, which runs no model, it says which implementations are timed.
     """
     if all(case.suite == "attention" for case in cases):
@@ -294,7 +296,7 @@ def plan_table(
     rows = []
     for case in sorted(unique.values(), key=lambda c: (c.arch, c.seq_len, c.batch_size, c.seed)):
         row = resolved[case.key]
-        room = memory_bytes is None or fits(row, memory_bytes)
+        room = memory_bytes is None or least_bytes(row) <= memory_bytes
         text = {
             "architecture": row["label"],
             "batch": str(case.batch_size),
@@ -304,14 +306,14 @@ def plan_table(
             "weights GiB": _number(row["weights_bytes"] / GIB),
             "state GiB": _number(row["state_bytes"] / GIB),
             "gradients + Adam GiB": _number(row["training_bytes"] / GIB),
-            "needs GiB": _number(needed_bytes(row) / GIB),
+            LEAST: _number(least_bytes(row) / GIB),
         }
         if several_prompts:
             text["prompt tokens"] = str(case.prompt_len)
         if not any(_trains(case) for case in cases):
             del text["gradients + Adam GiB"]
         if fit_column:
-            text[fit_column] = "yes" if room else "NO"
+            text[fit_column] = "not ruled out" if room else "NO"
         text["floor s"] = _number(row["floor_s"]) if room else "-"
         if matched_plan:
             text["width"] = str(row["config"].get("width", "-"))

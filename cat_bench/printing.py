@@ -49,7 +49,7 @@ def print_plan(
     memory: tuple[float | None, str],
     as_json: bool,
 ) -> None:
-    """`run --dry-run`. `memory`: bytes that the cases must fit into, and what has them."""
+    """`--dry-run`. `memory`: bytes that the cases must fit into, and what has them."""
     from cat_bench import predict
 
     if as_json:
@@ -59,6 +59,8 @@ def print_plan(
     table = predict.plan_table(cases, resolved, *memory)
     typer.echo(f"plan: {planning.plan_line(cases)}")
     typer.echo("\n".join(f"  {line}" for line in table.to_string(index=False).splitlines()))
+    if predict.LEAST in table:
+        typer.echo(predict.LEAST_NOTE)
     typer.echo("Nothing was run.")
 
 

@@ -77,15 +77,27 @@ def separable(a_samples: Sequence[float], b_samples: Sequence[float]) -> Verdict
     3 + 3 samples cannot go below p = 0.10, 5 + 5 reach 0.008, 10 + 10 0.00001.
     """
     a, b = np.asarray(a_samples, dtype=float), np.asarray(b_samples, dtype=float)
-    smallest = min(1.0, 2 / math.comb(len(a) + len(b), len(a)))
+    smallest = _smallest_p_value(len(a), len(b))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Verdict(False, math.nan, smallest, "some samples are not finite")
-    if smallest > SIGNIFICANCE:
-        return Verdict(False, math.nan, smallest, _too_few(min(len(a), len(b))))
+    if few := too_few(len(a), len(b)):
+        return Verdict(False, math.nan, smallest, few)
     p_value = _mann_whitney_p_value(a, b)
     if p_value > SIGNIFICANCE:
         return Verdict(False, p_value, smallest, f"within noise (p = {p_value:.2g})")
     return Verdict(True, p_value, smallest, f"they differ (p = {p_value:.2g})")
+
+
+def too_few(num_a: int, num_b: int) -> str:
+    """Says that so many samples can never be told apart; empty where they can."""
+    if _smallest_p_value(num_a, num_b) <= SIGNIFICANCE:
+        return ""
+    n = min(num_a, num_b)
+    return f"{n} repeat{'' if n == 1 else 's'} cannot separate these"
+
+
+def _smallest_p_value(num_a: int, num_b: int) -> float:
+    return min(1.0, 2 / math.comb(num_a + num_b, num_a))
 
 
 def compare(
@@ -165,10 +177,6 @@ def _mann_whitney_p_value(a: np.ndarray, b: np.ndarray) -> float:
     elif math.comb(len(both), len(a)) <= MAX_PERMUTATIONS:
         method = stats.PermutationMethod(n_resamples=MAX_PERMUTATIONS)
     return float(stats.mannwhitneyu(a, b, alternative="two-sided", method=method).pvalue)
-
-
-def _too_few(n: int) -> str:
-    return f"{n} repeat{'' if n == 1 else 's'} cannot separate these"
 
 
 def _within_noise(

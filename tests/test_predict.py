@@ -2,12 +2,13 @@
 
 import json
 import time
+from pathlib import Path
 
 import contract
 import pytest
 import torch
 
-from cat_bench import predict, profiler
+from cat_bench import predict, profiler, store
 from cat_bench.architecture import Cost, build
 from cat_bench.case import Case, Options
 from cat_bench.errors import UserError
@@ -18,6 +19,7 @@ from cat_bench.suites import attention
 from cat_bench.suites.efficiency import plan
 
 TINY = ["dense:width=64,num_layers=2,vocab_size=96", "cat:chunk_size=4,width=64,num_layers=2"]
+ROOT = Path(__file__).parent.parent
 
 
 def cases(texts: list[str], **options) -> list[Case]:
@@ -180,7 +182,7 @@ def test_an_unknown_gpu_gives_no_figure_but_a_warning() -> None:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def test_the_table_says_what_fits() -> None:
+def test_the_table_says_what_cannot_fit() -> None:
     planned = cases(["dense", "cat-8"], device="cuda", batch_sizes=(512, 2048))
     resolved = predict.resolve(planned, "NVIDIA H100 80GB HBM3")
     table = predict.plan_table(planned, resolved, 79.1 * predict.GIB)
@@ -191,8 +193,8 @@ def test_the_table_says_what_fits() -> None:
     assert table["weights GiB"].tolist() == ["1.80"] * 2 + ["0.48"] * 2
     # CAT's ids of the open chunk are below a hundredth of a GiB.
     assert table["state GiB"].tolist() == ["6.38", "25.50", "24.00", "96.00"]
-    assert table["needs GiB"].tolist()[-1] == "106.13"
-    assert table["fits in 79.1 GiB"].tolist() == ["yes", "yes", "yes", "NO"]
+    assert table["needs at least GiB"].tolist()[-1] == "96.48"
+    assert table["fits in 79.1 GiB"].tolist() == [*["not ruled out"] * 3, "NO"]
     assert float(table["floor s"].tolist()[2]) == pytest.approx(4.82, rel=0.02)
     assert table["floor s"].tolist()[-1] == "-"
 
@@ -200,9 +202,27 @@ def test_the_table_says_what_fits() -> None:
 def test_the_table_without_a_gpu_says_what_is_needed() -> None:
     planned = cases(["dense"], device="cuda", batch_sizes=(512,))
     table = predict.plan_table(planned, predict.resolve(planned))
-    assert table["needs GiB"].tolist() == ["26.93"]
+    assert table["needs at least GiB"].tolist() == ["24.48"]
     assert table["floor s"].tolist() == ["-"]
     assert not [column for column in table if column.startswith("fits")]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "run"), [("H100", "0042-training-h100"), ("H200", "h200/0001-fig3-h100")]
+)
+def test_the_assumed_memory_is_what_a_measured_gpu_has(gpu: str, run: str) -> None:
+    environment = store.Run.open(ROOT / "results" / run).environment
+    assert gpu in environment["gpu_name"]
+    assert predict.ASSUMED_MEMORY_BYTES[gpu] == environment["gpu_memory_bytes"]
+
+
+def test_no_measured_case_reserved_less_than_its_least() -> None:
+    for run in map(store.Run.open, sorted((ROOT / "results").glob("004[23]-*"))):
+        records, resolved = run.records(), run.resolved()
+        peaks = records[records["metric"] == "peak_reserved_bytes"]
+        assert len(peaks)
+        for case, peak in zip(peaks["case"], peaks["value"], strict=True):
+            assert predict.least_bytes(resolved[case]) <= peak
 
 
 def test_the_table_of_a_match_shows_every_width_and_ratio() -> None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -407,6 +408,35 @@ def test_three_repeats_give_no_verdict(tmp_path) -> None:
     assert made.text["remark"][0] == "3 repeats cannot separate these"
 
 
+def test_compare_pairs_cases_whatever_repeats_asked_for(tmp_path) -> None:
+    dense = case("dense")
+    a = make_run(tmp_path, "a", rows=[(dense, lambda key: timed(key, 4.0, 1.0, 0.001, 10))])
+    ten = [(dense.with_repeats(10), lambda key: timed(key, 5.0, 1.0, 0.001, 10))]
+    made = compare_table(a, make_run(tmp_path, "b", rows=ten))
+    assert made.text["mark"].tolist() == ["+"]
+    assert made.notes[0] == "1 of 1 comparable cases got worse."
+
+
+def test_compare_refuses_runs_with_nothing_to_compare(tmp_path) -> None:
+    a = make_run(tmp_path, "a")
+    row = [(case("dense", 1), lambda key: timed(key, 1.0, 1.0))]
+    with pytest.raises(UserError, match="0001-a and 0002-b share no case: they differ in batch_si"):
+        compare_table(a, make_run(tmp_path, "b", rows=row))
+    crossed = [(("dense", 1), ("cat", 256)), (("dense", 256), ("cat", 1))]
+    runs = [
+        make_run(tmp_path, "c", rows=[(case(*one), lambda key: timed(key, 1.0, 1.0)) for one in of])
+        for of in crossed
+    ]
+    with pytest.raises(UserError, match="share no case: no two of them have the same settings"):
+        compare_table(*runs)
+    failed = [(case("dense"), lambda key: closed(key, "oom"))]
+    runs = [make_run(tmp_path, "d", rows=failed) for _ in range(2)]
+    with pytest.raises(UserError, match="can be compared: oom -> oom"):
+        compare_table(*runs)
+    with pytest.raises(UserError, match="0007-e has no finished case"):
+        compare_table(a, make_run(tmp_path, "e", rows=[(case("dense"), None)]))
+
+
 def test_compare_says_the_remarks_of_both_runs(tmp_path) -> None:
     runs = [make_run(tmp_path, name) for name in ("a", "b")]
     for run in runs:
@@ -445,6 +475,21 @@ def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
     assert by_label.loc["Dense", "mark"] == "~"
     assert by_label.loc["CAT-8", "mark"] == "+"
     assert by_label.loc["CAT-8", "change"] == "2.00x -> 1.00x Dense"
+
+
+@pytest.mark.parametrize(("n", "mark"), [(3, "~"), (10, "+")])
+def test_ratios_of_three_repeats_give_no_verdict_either(tmp_path, n: int, mark: str) -> None:
+    runs = []
+    for gpu, seconds in (("NVIDIA H200", 2.0), ("NVIDIA A100", 4.0)):
+        rows = [
+            (case(arch), partial(timed, seconds=s, gib=1.0, spread=0.001, n=count))
+            for arch, s, count in (("dense", 4.0, 10), ("cat", seconds, n))
+        ]
+        runs.append(make_run(tmp_path, "a", {**GPU, "gpu_name": gpu}, rows))
+    made = compare_table(*runs, across_machines=True)
+    cat = made.text.set_index("architecture").loc["CAT-8"]
+    assert (cat["mark"], made.num_worse) == (mark, int(mark == "+"))
+    assert cat["remark"] == ("3 repeats cannot separate these" if n == 3 else "")
 
 
 @pytest.mark.parametrize(

@@ -604,10 +604,13 @@ def test_a_captured_case_that_ended_badly_does_not_hide_the_earlier_row(
 
 def test_compare_says_that_only_the_step_path_differs(tmp_path: Path) -> None:
     planned = [case for case in exhibit.plan("h100") if case.arch == "dense"]
-    runs = made_up(tmp_path, planned), made_up(tmp_path, [exhibit.earlier(c) for c in planned])
-    (verdict, *_) = compare.compare_table(*runs).notes
-    assert "4 cases are in one of the runs only" in verdict
-    assert verdict.endswith("2 pairs of them differ in --step-path.")
+    earlier = made_up(tmp_path, [exhibit.earlier(c) for c in planned])
+    with pytest.raises(UserError, match="share no case: they differ in step."):
+        compare.compare_table(made_up(tmp_path, planned), earlier)
+    mixed = made_up(tmp_path, [planned[0], *(exhibit.earlier(c) for c in planned)])
+    (verdict, *_) = compare.compare_table(made_up(tmp_path, planned), mixed).notes
+    assert "3 cases are in one of the runs only" in verdict
+    assert verdict.endswith("1 pair of them differ in --step-path.")
 
 
 def test_the_status_of_an_exhibit_says_what_stands_in(tmp_path: Path) -> None:
