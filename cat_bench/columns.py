@@ -233,6 +233,6 @@ DETAIL_DEFINITIONS = (
     "TTFT = prefill and first token. Steps: one instrumented generation, one event a step, in ms; "
     "inner, boundary = the same percentiles of CAT's steps inside a chunk and of those that close "
     "one; first, last 10 % = mean of those positions.",
-    "graph = private pools of captured graphs. capture = state, kernels and graphs, once, outside "
-    "of every latency; seconds more where kernels are not yet in Triton's cache.",
+    "graph (GPU) = private pools of captured graphs. capture (GPU) = state, kernels and graphs, "
+    "once, outside of every latency; seconds more where kernels are not yet in Triton's cache.",
 )

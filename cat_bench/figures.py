@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from cat_bench.columns import GIB
 from cat_bench.measurements import is_marked
@@ -215,6 +216,8 @@ def draw_panel(
             _draw_ours(axes, panel, rows[rows["label"] == label], axis, number)
         _draw_published(axes, points.get(label, {}), look(label, number))
     is_out = len(rows) > 0 and (rows["status"] == "oom").any()
+    if is_out:
+        _draw_out(axes, rows[rows["status"] == "oom"], axis, labels)
     if not is_out and not np.isfinite(axes.dataLim.intervaly).all():
         _say_not_run(
             axes, f"not run: {panel.ratio_to}" if panel.ratio_to and len(rows) else "not run"
@@ -258,13 +261,21 @@ def _draw_ours(axes: Axes, panel: Panel, rows: pd.DataFrame, axis: Axis, number:
     error = _error(ok, panel, y)
     if error is not None:
         axes.errorbar(x, y, error, fmt="none", ecolor=style.color, capsize=2.5, zorder=3)
-    for x_out in rows.loc[rows["status"] == "oom", axis.name].dropna():
-        # One below the other where several architectures run out of memory at the same x.
-        axes.plot(
-            float(x_out), 0.98 - 0.06 * (number % 10), transform=axes.get_xaxis_transform(),
-            color=style.color, marker="x", markersize=6.5, markeredgewidth=1.8, linestyle="none",
-            clip_on=False, zorder=5,
-        )  # fmt: skip
+
+
+def _draw_out(axes: Axes, rows: pd.DataFrame, axis: Axis, labels: list[str]) -> None:
+    """A cross on the upper edge for each that ran out of memory, side by side where several did at
+    one x: no point of a line lies there.
+    """
+    rows = rows[rows[axis.name].notna()].drop_duplicates(["label", axis.name])
+    for x, there in rows.groupby(axis.name):
+        for place, label in enumerate(name for name in labels if name in set(there["label"])):
+            aside = ScaledTranslation(-place * 8 / 72, 0, axes.figure.dpi_scale_trans)
+            axes.plot(
+                float(x), 1.0, transform=axes.get_xaxis_transform() + aside,
+                color=look(label, labels.index(label)).color, marker="x", markersize=6.5,
+                markeredgewidth=1.8, linestyle="none", clip_on=False, zorder=5,
+            )  # fmt: skip
 
 
 def _gaps(x: Sequence[float], axis: Axis) -> list[int]:

@@ -169,6 +169,16 @@ def test_out_of_memory_is_a_cross_at_the_upper_edge() -> None:
     assert list(dense[0].get_xdata()) == [1.0, 16.0]
 
 
+def test_two_out_of_memory_at_one_x_stand_side_by_side() -> None:
+    table = rows()
+    out = (table["batch_size"] == 512) & table["label"].isin(["Dense", "CAT-8"])
+    axes = draw(table.assign(status=table["status"].mask(out, "oom"))).axes[0]
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    places = [line.get_transform().transform((512.0, 1.0))[0] for line in crosses]
+    assert len(crosses) == 2 and abs(places[0] - places[1]) > 5  # pixels
+    assert len({line.get_color() for line in crosses}) == 2
+
+
 def test_smoke_is_stamped_and_carries_no_published_point() -> None:
     figure = draw(rows(), published(), is_smoke=True)
     assert figure.legends[0].get_title().get_text() == figures.SMOKE_STAMP
