@@ -41,16 +41,7 @@ extern "C" __global__ void __launch_bounds__(384) few_rows(
       auto load_x = [&](int i, int s) {
         load(base + s * STAGE + W_BYTES, &x_map, (first + i) * BK, 0, full + 8 * s);
       };
-      const int ahead = STAGES < iterations ? STAGES : iterations;
-      for (int i = 0; i < ahead; i++) load_w(i, i);
-      asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-      for (int i = 0; i < ahead; i++) load_x(i, i);
-      for (int i = ahead; i < iterations; i++) {
-        const int s = i % STAGES;
-        wait(empty + 8 * s, (i / STAGES - 1) & 1);
-        load_w(i, s);
-        load_x(i, s);
-      }
+      feed(iterations, empty, load_w, load_x);
     }
     __syncwarp();
   } else {

@@ -147,17 +147,17 @@ class LanguageModel(ForwardPath):
     def num_params_non_embedding(self) -> int:
         return self.num_params - self.embed.weight.numel() - self.head.weight.numel()
 
-    @abstractmethod  # architecture.missing_members
+    @abstractmethod  # `build` names them all where a subclass lacks some
     def state_bytes(self, batch_size: int, seq_len: int) -> int:
-        raise _undefined(self, "state_bytes(batch_size, seq_len)")
+        """As in the class Architecture."""
 
     def state_bytes_float(self, batch_size: int, seq_len: int) -> int:
         """All of it: no token ids, and counters lie on the host."""
         return self.state_bytes(batch_size, seq_len)
 
-    @abstractmethod  # architecture.missing_members
+    @abstractmethod
     def step_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
-        raise _undefined(self, "step_costs(batch_size, num_tokens)")
+        """As in the class Architecture."""
 
     def prefill_costs(self, batch_size: int, num_tokens: int) -> tuple[Cost, ...]:
         """The step of the last token; of the tokens before it the matrices and `pair_flops` of the

@@ -116,11 +116,8 @@ def remarks(rows: pd.DataFrame) -> tuple[str, ...]:
     for run, each in texts.items():
         runs.setdefault(" ".join(each), []).append(run)
     said = [f"Remark on {', '.join(sorted(names))}: {text}" for text, names in runs.items()]
-    return (
-        (*said, f"{REMARKED} in tables, a ring in figures: a value that a remark is about.")
-        if said
-        else ()
-    )
+    legend = f"{REMARKED} in tables, a ring in figures: a value that a remark is about."
+    return (*said, legend) if said else ()
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:

@@ -72,3 +72,18 @@ __device__ __forceinline__ float swiglu(float gate, float up) {
   const float g = rounded(gate);
   return g / (1.f + __expf(-g)) * rounded(up);
 }
+// One thread fills the ring with tiles 0 .. iterations - 1: those of W that fit before the kernel
+// ahead has ended, of x after, the rest as the stages get empty.
+template <typename LoadW, typename LoadX>
+__device__ __forceinline__ void feed(int iterations, u32 empty, LoadW load_w, LoadX load_x) {
+  const int ahead = STAGES < iterations ? STAGES : iterations;
+  for (int i = 0; i < ahead; i++) load_w(i, i);
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  for (int i = 0; i < ahead; i++) load_x(i, i);
+  for (int i = ahead; i < iterations; i++) {
+    const int s = i % STAGES;
+    wait(empty + 8 * s, (i / STAGES - 1) & 1);
+    load_w(i, s);
+    load_x(i, s);
+  }
+}

@@ -80,7 +80,7 @@ def few_tiling(num_rows: int, num_weight_rows: int, width: int) -> FewTiling:
     # A long ring holds most of a tile before x is there. With little to read a short one is faster,
     # and it leaves room for a second CTA, where there are more of them than multiprocessors.
     ring = 100 * 1024 if splits == 8 or tiles * splits > 128 else 200 * 1024
-    stage = (128 + rows) * BLOCK_K * 2
+    stage = stage_bytes(128 + rows)
     return FewTiling(rows, splits, max(2, min(-(-steps // splits), ring // stage)))
 
 
@@ -89,7 +89,7 @@ def launch_few(
 ) -> Tensor:
     (num_rows, width), num_weight_rows = x.shape, len(weight)
     rows, splits, stages = few_tiling(num_rows, num_weight_rows, width)
-    stage = (128 + rows) * BLOCK_K * 2
+    stage = stage_bytes(128 + rows)
     shared = stages * (stage + 16) + 1024  # the ring, later the sums, begins at a multiple of 1024
     assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 4 == 0, "stored by fours"
     defines = (
@@ -123,7 +123,7 @@ def tiling(num_rows: int, num_outputs: int, width: int, processors: int) -> Tili
             num_programs = row_tiles * num_outputs // half
             filled = MIN_FILLED * processors <= num_programs <= processors
             if num_outputs % half == 0 and width % BLOCK_K == 0 and filled:
-                stage = (128 * height + 2 * half) * BLOCK_K * 2
+                stage = stage_bytes(128 * height + 2 * half)
                 stages = (SHARED_BYTES - 2048) // stage
                 return Tiling(height, 2 * half, row_tiles, min(8, stages))
     return None
@@ -160,7 +160,7 @@ def swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
 
 def launch_swiglu(tile: Tiling, x: Tensor, gate_up: Tensor, out: Tensor) -> Tensor:
     (num_rows, width), num_outputs = x.shape, len(gate_up) // 2
-    stage = (128 * tile.height + tile.columns) * BLOCK_K * 2
+    stage = stage_bytes(128 * tile.height + tile.columns)
     defines = (
         ("K", width), ("HALF", num_outputs), ("BN", tile.columns), ("MI", tile.height),
         ("STAGES", tile.stages),
@@ -175,6 +175,11 @@ def launch_swiglu(tile: Tiling, x: Tensor, gate_up: Tensor, out: Tensor) -> Tens
         grid = (2 * num_outputs // tile.columns, tile.row_tiles, 1)
         kernel.launch(grid, (1, 2, 1), maps, out, num_rows)
     return out
+
+
+def stage_bytes(num_rows: int) -> int:
+    """Of so many rows of x and W together: BLOCK_K of each row in bfloat16."""
+    return num_rows * BLOCK_K * 2
 
 
 def load(

@@ -12,12 +12,12 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cat_bench import syntax
 from cat_bench.errors import UserError
 from cat_bench.packages import is_gpu_only, is_installed
 
@@ -34,7 +34,6 @@ TINY = {
     "num_layers": 2, "compressor_layers": 1, "vocab_size": 256, "window": 16, "key_width": 16,
 }  # fmt: skip
 TINY_DIVISOR, TINY_WIDTH = 16, 64  # 1024 -> 64, 2048 -> 128; heads are 64 wide
-FUNCTION = re.compile(r"\s*(?:async )?def (\w+)")
 PRESET_NAME = re.compile(r"[^\s:,]+(?<!\.py)")  # what `parse` and lists with commas leave whole
 OPTIONAL = ("forward_paths", "step_kind")  # of the class Architecture
 NO_DEFAULT = object()  # a field whose default is absent or no literal
@@ -359,13 +358,13 @@ def _read_all(files: tuple[tuple[str, Path, int], ...]) -> list[ArchitectureInfo
 
 def members() -> list[str]:
     """What every Model must have: the class Architecture of architecture.py, less OPTIONAL."""
-    protocol = _classes(_tree(PACKAGE / "architecture.py"))["Architecture"]
-    return [name for name in _members(protocol) if name not in OPTIONAL]
+    protocol = syntax.classes(syntax.tree_of(PACKAGE / "architecture.py"))["Architecture"]
+    return [name for name in syntax.members_of(protocol) if name not in OPTIONAL]
 
 
 def suites() -> list[tuple[str, str]]:
     """(name, summary) of every file in suites/ and recall_tasks/ that defines plan and measure."""
-    return [(path.stem, _summary(tree)) for _, path, tree in _suite_files()]
+    return [(path.stem, syntax.summary(tree)) for _, path, tree in _suite_files()]
 
 
 def suite_module(name: str) -> str:
@@ -383,7 +382,7 @@ def exhibits() -> list[tuple[str, str]]:
     """(name, title) of every exhibit in paper/: the paper's tables, its figures, then our own."""
     titles = {}
     for path in _python_files(EXHIBITS):
-        title = _constants(_tree(path)).get("TITLE")
+        title = syntax.constants_of(syntax.tree_of(path)).get("TITLE")
         if title is not None:
             titles[path.stem] = ast.literal_eval(title)
     return sorted(titles.items(), key=lambda item: _paper_order(item[0]))
@@ -402,7 +401,7 @@ def _own_files() -> dict[str, Path]:
     return {
         path.stem: path
         for path in candidates
-        if path.is_file() and {"Config", "Model"} <= _defined(_tree(path))
+        if path.is_file() and {"Config", "Model"} <= syntax.defined(syntax.tree_of(path))
     }
 
 
@@ -410,8 +409,8 @@ def _suite_files() -> list[tuple[str, Path, ast.Module]]:
     found = []
     for package, folder in SUITE_FOLDERS.items():
         for path in _python_files(folder):
-            if {"plan", "measure"} <= _defined(_tree(path)):
-                found.append((package, path, _tree(path)))
+            if {"plan", "measure"} <= syntax.defined(syntax.tree_of(path)):
+                found.append((package, path, syntax.tree_of(path)))
     return found
 
 
@@ -419,29 +418,31 @@ def _python_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
 
 
-# --- reading source with ast ---------------------------------------------------------------------
+# --- what their source says -----------------------------------------------------------------------
 
 
 def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
-    tree = _tree(path)
-    constants = _constants(tree)
-    lineage = _lineage(path, "Model")
+    tree = syntax.tree_of(path)
+    constants = syntax.constants_of(tree)
+    lineage = syntax.lineage_of(path, "Model")
     fields, requires = {}, {}
-    for (file, _), node in reversed(_lineage(path, "Config").items()):
-        fields |= _fields(node, _constants(_tree(file)))
+    for (file, _), node in reversed(syntax.lineage_of(path, "Config").items()):
+        fields |= _fields(node, syntax.constants_of(syntax.tree_of(file)))
     for file in [*(file for file, _ in reversed(lineage)), path]:
-        requires |= _checked_requires(file, _dict(file, "REQUIRES", _constants(_tree(file))))
+        requires |= _checked_requires(
+            file, _dict(file, "REQUIRES", syntax.constants_of(syntax.tree_of(file)))
+        )
     return ArchitectureInfo(
         name=name,
         path=path,
-        summary=_summary(tree),
+        summary=syntax.summary(tree),
         fields=fields,
         presets=_checked_presets(path, _dict(path, "PRESETS", constants), fields),
         decode_paths=_paths(lineage, "decode_paths"),
         forward_paths=_paths(lineage, "forward_paths"),
         requires=requires,
         upstream_lacks=_dict(path, "UPSTREAM_LACKS", constants),
-        exports=frozenset(_defined(tree)),
+        exports=frozenset(syntax.defined(tree)),
         lacks=_lacks(lineage),
     )
 
@@ -449,22 +450,10 @@ def _read_architecture(name: str, path: Path) -> ArchitectureInfo:
 def _paths(lineage: dict[tuple[Path, str], ast.ClassDef], kind: str) -> tuple[str, ...]:
     """Those of the first class that has some."""
     for (file, _), node in lineage.items():
-        value = _constants(node).get(kind)
+        value = syntax.constants_of(node).get(kind)
         if value is not None:
-            return _literal(value, _constants(_tree(file)), ("eager",))
+            return syntax.literal(value, syntax.constants_of(syntax.tree_of(file)), ("eager",))
     return ("eager",)
-
-
-def _lineage(path: Path, name: str) -> dict[tuple[Path, str], ast.ClassDef]:
-    """(file, name) -> class: that of `path`, then its bases as far as `_place` finds them."""
-    found, waiting = {}, [(path, name)]
-    for file, name in waiting:  # grows
-        node = _classes(_tree(file)).get(name)
-        if node:
-            found[file, name] = node
-        places = [_place(file, text) for text in (map(ast.unparse, node.bases) if node else [name])]
-        waiting += [place for place in places if place not in waiting]
-    return found
 
 
 def _lacks(lineage: dict[tuple[Path, str], ast.ClassDef]) -> tuple[str, ...]:
@@ -474,10 +463,10 @@ def _lacks(lineage: dict[tuple[Path, str], ast.ClassDef]) -> tuple[str, ...]:
     bases = [
         (file, ast.unparse(base)) for (file, _), node in lineage.items() for base in node.bases
     ]
-    unseen = {name for file, name in bases if _place(file, name) not in lineage}
+    unseen = {name for file, name in bases if syntax.place_of(file, name) not in lineage}
     if not lineage or not unseen <= {"nn.Module", "torch.nn.Module", "Module", "object"}:
         return ()
-    have = {name for node in lineage.values() for name in _members(node)}
+    have = {name for node in lineage.values() for name in syntax.members_of(node)}
     texts = [file.read_text(encoding="utf-8") for file in {file for file, _ in lineage}]
     return tuple(
         name
@@ -485,39 +474,6 @@ def _lacks(lineage: dict[tuple[Path, str], ast.ClassDef]) -> tuple[str, ...]:
         if name not in have  # then `self.name = ...` or `self.name, self.other = ...`
         and not any(re.search(rf"\bself\.{name}\b[^\n=(]*=", text) for text in texts)
     )
-
-
-def _members(node: ast.ClassDef) -> list[str]:
-    """Names that a class defines, or declares, in order; without its abstract methods."""
-    found = []
-    for part in node.body:
-        if isinstance(part, ast.FunctionDef):
-            decorators = [ast.unparse(decorator) for decorator in part.decorator_list]
-            found += [] if "abstractmethod" in decorators else [part.name]
-        elif isinstance(part, ast.Assign | ast.AnnAssign):
-            targets = part.targets if isinstance(part, ast.Assign) else [part.target]
-            found += [target.id for target in targets if isinstance(target, ast.Name)]
-    return found
-
-
-def _place(path: Path, name: str) -> tuple[Path, str]:
-    """Where a class that a file names stands: in a module of baselines, cat_bench or its own folder
-    if it imports it from there, else in the file itself.
-    """
-    imported = {  # "dense" -> "baselines.dense"
-        alias.asname or alias.name: f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".")
-        for node in _tree(path).body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    first, dot, rest = name.partition(".")
-    module, _, its_name = f"{imported.get(first, first)}{dot}{rest}".rpartition(".")
-    ours = module.startswith(("baselines.", "cat_bench."))
-    for folder in (path.parent, PACKAGE.parent) if ours else (path.parent,):
-        file = folder / f"{module.replace('.', '/')}.py"
-        if file.is_file():
-            return file, its_name
-    return path, name
 
 
 def _checked_presets(path: Path, presets: dict, fields: dict[str, Field]) -> dict:
@@ -555,78 +511,12 @@ def _checked_requires(path: Path, value: dict) -> dict[str, str | tuple[str, ...
 
 def _dict(path: Path, name: str, constants: dict[str, ast.expr]) -> dict:
     """The literal dict of that name; empty where the file has none."""
-    value = _literal(constants[name], constants, None) if name in constants else {}
+    value = syntax.literal(constants[name], constants, None) if name in constants else {}
     if not isinstance(value, dict):
         raise UserError(
             f"{path}: {name} is not a literal dict.", "It is read without importing the file."
         )
     return value
-
-
-def _tree(path: Path) -> ast.Module:
-    return _parsed(path, path.stat().st_mtime_ns)
-
-
-@cache
-def _parsed(path: Path, modified_ns: int) -> ast.Module:
-    """The syntax tree; `modified_ns` makes an edited file a new entry of the cache."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        with suppress(SyntaxError):  # where a text in the file looks like code: the whole of it
-            return ast.parse(_outline(source))
-        return ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid Python: {error}.", "Repair or remove the file."
-        ) from error
-
-
-def _outline(source: str) -> str:
-    """The source with empty functions: nothing in them is read here, and most of it is in them."""
-    kept: list[str] = []
-    inside = -1  # indent of the function whose body is being left out; -1: none
-    for line in source.split("\n"):
-        indent = len(line) - len(line.lstrip())
-        if inside >= 0 and (not line.strip() or indent > inside or line.lstrip()[0] == ")"):
-            continue
-        function = FUNCTION.match(line)
-        inside = indent if function else -1
-        kept.append(f"{line[:indent]}def {function[1]}(): pass" if function else line)
-    return "\n".join(kept)
-
-
-def _summary(tree: ast.Module) -> str:
-    """The first line of the docstring, without its full stop."""
-    docstring = ast.get_docstring(tree) or "no docstring"
-    return docstring.splitlines()[0].rstrip(".")
-
-
-def _defined(tree: ast.Module) -> set[str]:
-    """Names that the top level defines or imports from elsewhere."""
-    names = set(_constants(tree))
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            names.update(alias.asname or alias.name for alias in node.names)
-    return names
-
-
-def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-
-
-def _constants(scope: ast.Module | ast.ClassDef) -> dict[str, ast.expr]:
-    """name -> expression of every plain assignment directly in a module or class."""
-    found = {}
-    for node in scope.body:
-        if isinstance(node, ast.Assign):
-            found |= {
-                target.id: node.value for target in node.targets if isinstance(target, ast.Name)
-            }
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-            found[node.target.id] = node.value
-    return found
 
 
 def _fields(config: ast.ClassDef, constants: dict[str, ast.expr]) -> dict[str, Field]:
@@ -636,18 +526,6 @@ def _fields(config: ast.ClassDef, constants: dict[str, ast.expr]) -> dict[str, F
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             annotation = constants.get(ast.unparse(node.annotation), node.annotation)
             if not ast.unparse(annotation).startswith(("ClassVar", "typing.ClassVar")):
-                default = _literal(node.value, constants, NO_DEFAULT)
+                default = syntax.literal(node.value, constants, NO_DEFAULT)
                 found[node.target.id] = Field(ast.unparse(annotation), default)
     return found
-
-
-def _literal(node: ast.expr | None, constants: dict[str, ast.expr], otherwise: Any) -> Any:
-    """The value of a literal, or of a name that stands for one; `otherwise` for anything else."""
-    if isinstance(node, ast.Name):
-        node = constants.get(node.id)
-    if node is None:
-        return otherwise
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return otherwise

@@ -8,7 +8,6 @@
 
 constexpr int BM = 128 * MI, HALF_BN = BN / 2, ITERATIONS = K / BK;
 constexpr int X_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2, STAGE = X_BYTES + W_BYTES;
-constexpr int AHEAD = STAGES < ITERATIONS ? STAGES : ITERATIONS;
 static_assert(K % BK == 0 && HALF % HALF_BN == 0 && HALF_BN % 8 == 0, "the tiles must fit");
 
 extern "C" __global__ void __launch_bounds__(384, 1) swiglu_rows(
@@ -39,15 +38,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) swiglu_rows(
       auto load_x = [&](int i, int s) {
         load(base + s * STAGE, &x_map, i * BK, first_row, full + 8 * s);
       };
-      for (int i = 0; i < AHEAD; i++) load_w(i, i);
-      asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-      for (int i = 0; i < AHEAD; i++) load_x(i, i);
-      for (int i = AHEAD; i < ITERATIONS; i++) {
-        const int s = i % STAGES;
-        wait(empty + 8 * s, (i / STAGES - 1) & 1);
-        load_w(i, s);
-        load_x(i, s);
-      }
+      feed(ITERATIONS, empty, load_w, load_x);
     }
     __syncwarp();
   } else {

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cat_bench import spec
+from cat_bench import spec, syntax
 from cat_bench.errors import UserError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "spec_architecture.py"
@@ -332,10 +332,10 @@ def test_functions_are_left_out_before_parsing_without_loss():
     """`list` must be quick: nothing inside of a function is read, all else must be as before."""
     for path in [spec.PACKAGE / "cat.py", *spec.BASELINES.glob("*.py")]:
         source = path.read_text()
-        whole, outline = ast.parse(source), ast.parse(spec._outline(source))
-        assert len(spec._outline(source)) < 0.6 * len(source) or len(source) < 500
-        assert spec._summary(whole) == spec._summary(outline)
-        assert spec._defined(whole) == spec._defined(outline)
+        whole, outline = ast.parse(source), ast.parse(syntax.outline(source))
+        assert len(syntax.outline(source)) < 0.6 * len(source) or len(source) < 500
+        assert syntax.summary(whole) == syntax.summary(outline)
+        assert syntax.defined(whole) == syntax.defined(outline)
         for kept in ("Config", "PRESETS", "REQUIRES"):
             found = [
                 ast.dump(node)

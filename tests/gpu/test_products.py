@@ -1,5 +1,7 @@
 """Our products on Hopper, against plain ones: few rows, and SwiGLU of some hundreds."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,11 +65,25 @@ def test_writes_its_rows_and_no_others() -> None:
     assert torch.equal(buffer[:231], products.swiglu(x, gate_up))
 
 
+def check_replays(run: Callable, x: Tensor, y: Tensor) -> None:
+    """`run`, which makes y of x, captured and replayed on changing x equals itself with a pause
+    behind every kernel.
+    """
+    run()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    for _ in range(20):
+        x.normal_()
+        captured.replay()
+        got = y.clone()
+        run(torch.cuda.synchronize)
+        assert torch.equal(got, y)
+
+
 @torch.no_grad()
 def test_early_starts_read_nothing_too_early() -> None:
-    """A captured chain, in which each kernel may start before the one ahead has ended, replayed on
-    changing inputs, equals the same chain with a pause behind every kernel.
-    """
+    """In a captured chain each kernel may start before the one ahead has ended."""
     require_tiling(256, 5632, 2048)
     layers = [(random(11264, 2048) * 0.02, random(2048, 5632) * 0.02) for _ in range(6)]
     norm = torch.nn.RMSNorm(2048, eps=1e-5, device="cuda", dtype=torch.bfloat16)
@@ -83,16 +99,7 @@ def test_early_starts_read_nothing_too_early() -> None:
             y.addmm_(h, down.T)
             pause()
 
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(20):
-        x.normal_()
-        graph.replay()
-        got = y.clone()
-        run(torch.cuda.synchronize)
-        assert torch.equal(got, y)
+    check_replays(run, x, y)
 
 
 FEW = [  # outputs, inputs
@@ -177,16 +184,7 @@ def test_few_rows_read_nothing_too_early(num_rows: int) -> None:
             graph.add_linear_(y, h, down)
             pause()
 
-    run()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        run()
-    for _ in range(20):
-        x.normal_()
-        captured.replay()
-        got = y.clone()
-        run(torch.cuda.synchronize)
-        assert torch.equal(got, y)
+    check_replays(run, x, y)
 
 
 def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
