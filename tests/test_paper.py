@@ -786,14 +786,15 @@ def test_a_margin_that_prints_as_one_names_no_clear_winner() -> None:
     assert best(1.02, 1.01, 1.04).is_clear
 
 
-def test_a_box_of_the_maps_is_empty_where_a_planned_architecture_is_missing() -> None:
+def test_nobody_has_won_where_a_planned_architecture_is_missing() -> None:
     margin = stats.Interval(1.5, 1.4, 1.6, 5)
     full, part = (
         _one_run.Best(batch, 1024, 8, "0001-a", "CAT-32", 1.0, "Dense", margin, number)
         for batch, number in ((64, 11), (128, 5))
     )
     planned = Counter({(64, 1024, 8): 11, (128, 1024, 8): 11})
-    assert crossover._map([full, part], planned) == [(64, 1024, "CAT-32", "1.50x")]
+    complete = crossover._complete([full, part], planned)
+    assert crossover._map(complete) == [(64, 1024, "CAT-32", "1.50x")]
 
 
 def test_figure_6_names_each_state_size_in_its_table() -> None:

@@ -77,12 +77,14 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows = everything[everything["is_chosen"]] if len(everything) else everything
     keys = {case.key for case in at_lengths(scale)}
     lines = rows[rows["case"].isin(keys)] if len(rows) else rows
-    fastest = _one_run.best(everything, "tpot_s") if len(rows) else []
-    smallest = _one_run.best(everything, "held_bytes") if len(rows) else []
     planned = Counter(map(_one_run.setting_of, plan(scale)))
+    fastest, smallest = (
+        _complete(_one_run.best(everything, metric), planned) if len(rows) else []
+        for metric in ("tpot_s", "held_bytes")
+    )
     maps = [
-        _lines.Map("fastest per token", _map(fastest, planned)),
-        _lines.Map("smallest weights and state", _map(smallest, planned)),
+        _lines.Map("fastest per token", _map(fastest)),
+        _lines.Map("smallest weights and state", _map(smallest)),
     ]
     axis = figures.LENGTH.planned_by(at_lengths(scale))
     lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
@@ -134,13 +136,15 @@ def _caption(lines: pd.DataFrame, rows: pd.DataFrame, scale: str, also: Sequence
     )
 
 
-def _map(found: Sequence[_one_run.Best], planned: Counter) -> list[_lines.Won]:
-    """One per box, if no architecture is missing: where a setting was measured in both ways, the
-    longer prompt's, as the lines.
-    """
-    complete = [one for one in found if one.num_compared >= planned[one[:3]]]
+def _complete(found: Sequence[_one_run.Best], planned: Counter) -> list[_one_run.Best]:
+    """Those of settings at which no architecture is missing: among some of them nobody has won."""
+    return [one for one in found if one.num_compared >= planned[one[:3]]]
+
+
+def _map(found: Sequence[_one_run.Best]) -> list[_lines.Won]:
+    """One per box: where a setting was measured in both ways, the longer prompt's, as the lines."""
     by_box = {
-        (one.batch_size, one.seq_len): one for one in sorted(complete, key=lambda b: b.prompt_len)
+        (one.batch_size, one.seq_len): one for one in sorted(found, key=lambda b: b.prompt_len)
     }
     return [_lines.Won(*box, one.label, _margin(one)) for box, one in by_box.items()]
 
@@ -199,7 +203,8 @@ def _winners(
         "first's with a 95 % interval, both of the run named; ~ = the interval holds 1, or the "
         "margin rounds to 1.00.",
         "smallest = least weights + live state while decoding. of = architectures compared. - = "
-        "not known: no run has all of them, or a remark is about the value of one.",
+        "not known: a remark is about the value of one. Settings of which no run has all are left "
+        "out.",
         "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
         *_curves.patterns(rows),
         *failures(rows),
