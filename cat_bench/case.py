@@ -85,6 +85,7 @@ class Options:
     forward_path: str | None = None  # default: the suite's rule; eager where nothing is trained
     step_path: str | None = None  # suite training; default: by the forward path
     activation_checkpointing: bool = False  # suite training
+    implementations: tuple[str, ...] | None = None  # suite attention; default: all that it has
     repeats: int | None = None  # default: by the rule of profiler.py
     match: str | None = None  # "params", "state", "flops", "latency": match all to the first spec
     scale: str = "custom"

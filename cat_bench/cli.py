@@ -158,6 +158,9 @@ def run(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Suite training: less memory.")
     ] = False,
+    implementation: Annotated[
+        str | None, typer.Option(help="Suite attention: fused,causal")
+    ] = None,
     repeats: Annotated[int | None, typer.Option(help="Default: by the time one takes.")] = None,
     weights: Annotated[
         Path | None, typer.Option(help="A checkpoint folder for the one -a; default: random.")
@@ -203,6 +206,7 @@ def run(
         forward_path=forward_path,
         step_path=step_path,
         activation_checkpointing=activation_checkpointing,
+        implementations=planning.names(implementation),
         repeats=repeats,
         match=match,
         scale="smoke" if quick else "custom",
@@ -366,6 +370,9 @@ def paper(
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Measure only these: 1,64")] = None,
     seq_len: Annotated[str | None, typer.Option(help="Measure only these: 1024")] = None,
+    implementation: Annotated[
+        str | None, typer.Option(help="Of attention, measure only these: fused,causal")
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(help="Measure so often. Default: by the time one takes.")
     ] = None,
@@ -388,9 +395,11 @@ def paper(
         raise UserError("--gpu only predicts.", "Add --dry-run, or drop --gpu.")
     if dry_run and exhibit is None:
         raise UserError("--dry-run needs an exhibit.", "Example: cat-bench paper fig2 --dry-run")
-    if not wanted and any(x is not None for x in (only, batch_size, seq_len, repeats)):
+    limits = (only, batch_size, seq_len, implementation, repeats)
+    if not wanted and any(limit is not None for limit in limits):
         raise UserError(
-            "--only, --batch-size, --seq-len and --repeats say what is measured; nothing is.",
+            "--only, --batch-size, --seq-len, --implementation and --repeats say what is measured; "
+            "nothing is.",
             "Add --run to an exhibit's name, or drop them.",
         )
     if exhibit is None:
@@ -399,7 +408,8 @@ def paper(
     sweeps: list[tuple[store.Run, Summary]] = []
     names = exhibit_runs.exhibit_names(exhibit)
     sizes = planning.counts("--batch-size", batch_size), planning.counts("--seq-len", seq_len)
-    chosen = exhibit_runs.chosen(names, scale, only, *sizes)
+    ways = planning.names(implementation)
+    chosen = exhibit_runs.chosen(names, scale, planning.names(only), *sizes, ways)
     if dry_run:
         _print_missing(
             exhibit_runs.missing(results, names, scale, chosen, repeats, gpu), gpu, as_json

@@ -38,26 +38,30 @@ def this_device(scale: str) -> str:
 def chosen(
     exhibits: Sequence[str],
     scale: str,
-    only: str | None,
+    only: tuple[str, ...] | None,
     batch_sizes: tuple[int, ...] | None,
     seq_lens: tuple[int, ...] | None,
+    implementations: tuple[str, ...] | None = None,
 ) -> Callable[[Case], bool]:
     """Whether a case is one of those that the flags of `paper` ask for.
 
     An exhibit may export an `arch_text` of its own, where its cases are no models of full size.
     """
     from cat_bench.paper import _build, _settings
+    from cat_bench.suites.attention import check_implementations
 
-    names = None if only is None else only.split(",")
-    for name in names or ():
+    for name in only or ():
         spec.parse(name)  # a misspelt one is refused, also where nothing is missing
+    check_implementations(implementations)
     modules = [_build.exhibit(exhibit) for exhibit in exhibits]
     texts = [getattr(module, "arch_text", _settings.arch_text) for module in modules]
 
     def is_chosen(case: Case) -> bool:
-        archs = {text(name, scale, case.seq_len) for name in names or () for text in texts}
+        archs = {text(name, scale, case.seq_len) for name in only or () for text in texts}
+        way = dict(case.settings).get("implementation")
         return (
-            (names is None or case.arch in archs)
+            (only is None or case.arch in archs)
+            and (implementations is None or way in implementations)
             and (batch_sizes is None or case.batch_size in batch_sizes)
             and (seq_lens is None or case.seq_len in seq_lens)
         )

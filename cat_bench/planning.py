@@ -226,6 +226,11 @@ def counts(flag: str, text: str | None) -> tuple[int, ...] | None:
         ) from error
 
 
+def names(text: str | None) -> tuple[str, ...] | None:
+    """("fused", "causal") of "fused,causal"."""
+    return None if text is None else tuple(text.split(","))
+
+
 def device(asked: str | None, gpu: str | None, dry_run: bool, quick: bool) -> str:
     """The asked one; else the GPU where there is one. --gpu means cuda, --quick the CPU."""
     asked = _with_gpu(asked, gpu, dry_run, quick)

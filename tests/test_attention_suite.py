@@ -75,6 +75,24 @@ def test_fused_is_asked_of_no_chunk_that_is_too_long_for_it(setting: str) -> Non
     assert "two_part" in above
 
 
+def test_only_the_implementations_asked_for() -> None:
+    options = Options(device="cuda", seq_lens=(1024, 16_384), implementations=("eager", "causal"))
+    found = {(case.seq_len, name) for case, name in asked(options)}
+    assert found == {(1024, "eager"), (1024, "causal"), (16_384, "causal")}
+    with pytest.raises(UserError, match=r"unknown implementation 'fuse'. Did you mean: fused\?"):
+        plan([], Options(implementations=("fuse",)))
+    for one in (
+        Options(device="cpu", implementations=("fused",)),
+        Options(device="cuda", seq_lens=(16_384,), implementations=("eager",)),
+    ):
+        with pytest.raises(UserError, match="--implementation (fused|eager): none of these"):
+            plan([parse(CAT)], one)
+
+
+def asked(options: Options) -> list[tuple[Case, str]]:
+    return [(case, dict(case.settings)["implementation"]) for case in plan([], options)]
+
+
 def test_unknown_attention_and_counts_are_refused() -> None:
     with pytest.raises(UserError, match="knows no attention of 'mamba2'"):
         plan([parse("mamba2")], Options())

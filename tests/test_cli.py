@@ -685,6 +685,18 @@ def test_only_finds_the_small_models_of_the_attention_exhibit(cat_bench: Cli, re
 
 
 @pytest.mark.usefixtures("planned_only")
+def test_implementations_of_the_attention_exhibit_can_be_chosen(
+    cat_bench: Cli, results_folder: Path
+):
+    flags = ("paper", "attention", "--scale", "h100", "--run", "--implementation")
+    cat_bench(*flags, "fused,causal")
+    planned = store.find(results_folder, "attention-h100").cases().values()
+    ways = [dict(case.settings).get("implementation") for case in planned]
+    assert set(ways) == {"fused", "causal", None} and ways.count("fused") == 4  # None: references
+    refused(cat_bench(*flags, "fusd"), "unknown implementation 'fusd'. Did you mean: fused?")
+
+
+@pytest.mark.usefixtures("planned_only")
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -966,8 +978,9 @@ def test_paper_measures_nothing_beyond_smoke_unless_asked(cat_bench: Cli, result
 
 
 def test_paper_refuses_flags_of_measuring_where_nothing_is_measured(cat_bench: Cli):
-    for flags in (["--only", "dense"], ["--batch-size", "1"], ["--repeats", "5"]):
-        answer = cat_bench("paper", "fig2", "--scale", "h100", *flags)
+    given = ("--only dense", "--batch-size 1", "--repeats 5", "--implementation fused")
+    for flags in given:
+        answer = cat_bench("paper", "fig2", "--scale", "h100", *flags.split())
         assert answer.code == 2 and "Add --run" in answer.err
     answer = cat_bench("paper", "fig2", "--scale", "smoke", "--repeats", "0")
     assert answer.code == 2 and "--repeats 0 is impossible" in answer.err

@@ -114,6 +114,7 @@ def test_hints_show_sensible_numbers() -> None:
         (Options(new_tokens=1, seq_lens=(64,)), "--seq-len and --new-tokens both"),
         (Options(activation_checkpointing=True), "--activation-checkpointing changes training"),
         (Options(step_path="eager"), "--step-path says how a training step is launched"),
+        (Options(implementations=("fused",)), "--implementation chooses among those of attention"),
     ],
 )
 def test_bad_options_get_a_sentence(options: Options, said: str) -> None:

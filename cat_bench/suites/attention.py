@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
 from cat_bench.packages import install_command, is_installed, missing
-from cat_bench.spec import Spec, describe, parse, tiny
+from cat_bench.spec import Spec, describe, did_you_mean, parse, tiny
 from cat_bench.suites import efficiency
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class Shape(NamedTuple):
 
 
 def plan(specs: list[Spec], options: Options) -> list[Case]:
-    """Architectures x lengths x implementations that device, dtype and chunk size have; TOKENS
-    tokens a call. In the order of efficiency.by_cell.
+    """Architectures x lengths x implementations that device, dtype and chunk size have, of those
+    asked for; TOKENS tokens a call. In the order of efficiency.by_cell.
     """
     from cat_bench.chunk_attention import MAX_FUSED_CHUNK
 
@@ -95,8 +95,15 @@ def plan(specs: list[Spec], options: Options) -> list[Case]:
             for name in IMPLEMENTATIONS[spec.name]:
                 too_long = name == "eager" and seq_len > MAX_EAGER
                 too_long |= name == "fused" and _chunk_size(spec) > MAX_FUSED_CHUNK
-                if not too_long and (name in PLAIN or not only_plain):
+                asked = options.implementations is None or name in options.implementations
+                if asked and not too_long and (name in PLAIN or not only_plain):
                     cases[_case(spec, options, batch_size, seq_len, seed, name)] = None
+    if not cases:
+        raise UserError(
+            f"--implementation {','.join(options.implementations or ())}: none of these "
+            f"architectures has it on {options.device} at these lengths.",
+            "`cat-bench run attention --dry-run` lists what there is.",
+        )
     return efficiency.by_cell(cases)
 
 
@@ -114,7 +121,19 @@ def _check(specs: list[Spec], options: Options) -> None:
     ):
         if value is not None:
             raise UserError(f"{flag} means nothing to attention alone.", f"Drop {flag}.")
-    efficiency.check_options(specs, options)
+    check_implementations(options.implementations)
+    efficiency.check_options(specs, options, knows_implementations=True)
+
+
+def check_implementations(names: tuple[str, ...] | None) -> None:
+    """Raises UserError for one that no architecture has. None: not given."""
+    known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
+    for name in names or ():
+        if name not in known:
+            raise UserError(
+                f"unknown implementation '{name}'.{did_you_mean(name, known)}",
+                f"Available: {', '.join(known)}.",
+            )
 
 
 def _chunk_size(spec: Spec) -> int:

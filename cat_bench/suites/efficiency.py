@@ -168,8 +168,13 @@ def _check(specs: list[Spec], options: Options) -> None:
             )
 
 
-def check_options(specs: list[Spec], options: Options) -> None:
+def check_options(specs: list[Spec], options: Options, knows_implementations: bool = False) -> None:
     """Raises UserError for the first option that makes no sense in any suite that times models."""
+    if options.implementations is not None and not knows_implementations:
+        raise UserError(
+            "--implementation chooses among those of attention alone.",
+            "Drop it, or use it with `run attention`.",
+        )
     if not specs:
         raise UserError("no architecture was given.", "Add one, for example -a dense.")
     if options.device not in GRIDS:
