@@ -168,17 +168,21 @@ class Compressor(nn.Module):
         self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.proj = nn.Linear(c.chunk_size * c.width, c.width_d, bias=False)
 
-    def forward(self, chunks: Tensor, indices: Tensor, run_block=plain_block) -> Tensor:
+    def forward(
+        self, chunks: Tensor, indices: Tensor, run_block=plain_block, rope: Rope | None = None
+    ) -> Tensor:
         """chunks (b, k, c) ids; indices (k,) or (b, k), each below `num_positions`.
 
-        `run_block`: graph.fast_block for inference on the Triton kernels.
+        `run_block`: graph.fast_block for inference on the Triton kernels. `rope`: a table that
+        begins with ids 0 .. c, where one is at hand: making one takes a dozen launches.
         """
         batch_size, num_chunks, chunk_size = chunks.shape
         position = self.positions(indices).expand(batch_size, num_chunks, -1)
         x = torch.cat([position[:, :, None], self.embed(chunks)], dim=2)  # (b, k, 1 + c, d)
         x = x.flatten(0, 1)  # all chunks side by side in the batch: no attention across them
-        ids = torch.arange(1 + chunk_size, device=x.device)
-        rope = rope_table(ids, self.config.rope_base)
+        if rope is None:
+            rope = rope_table(torch.arange(1 + chunk_size, device=x.device), self.config.rope_base)
+        rope = rope[0][: 1 + chunk_size], rope[1][: 1 + chunk_size]
         for block in self.blocks:
             x = run_block(block, x, rope)  # bidirectional
         x = self.norm(x[:, 1:])  # p_i has done its work
@@ -478,7 +482,7 @@ class Model(ForwardPath):
             x = self.decoder.embed(token)
         else:
             fast = plain_block if eager else fast_block
-            x = self.compressor(state.open_tokens[:, None], closed[:, None], fast)[:, 0]
+            x = self.compressor(state.open_tokens[:, None], closed[:, None], fast, rope)[:, 0]
             if kind == "ragged":
                 closes = (row % c.chunk_size == 0)[:, None]
                 x = torch.where(closes, x, self.decoder.embed(token))
