@@ -66,9 +66,18 @@ def _remarks(records: pd.DataFrame, runs: Sequence[store.Run]) -> list[tuple[rem
 
 
 def is_marked(row: pd.Series, metric: str) -> bool:
-    """Whether a remark is about this value: then it takes part in no crossing and no ranking."""
-    stored = DERIVED_FROM.get(metric, (metric,))
-    return any({*stored} & {*remark.metrics} for remark in row.get("remarks", ()))
+    """Whether a remark is about this value: then it takes part in no crossing, and is no best."""
+    return bool(_remarks_about(row, metric))
+
+
+def least(row: pd.Series, metric: str) -> float:
+    """What present code's value is not below, as far as remarks tell: 0 where one has no bound."""
+    return row[metric] * min((one.at_least for one in _remarks_about(row, metric)), default=1.0)
+
+
+def _remarks_about(row: pd.Series, metric: str) -> list[remarks.Remark]:
+    stored = {*DERIVED_FROM.get(metric, (metric,))}
+    return [remark for remark in row.get("remarks", ()) if stored & {*remark.metrics}]
 
 
 def _commit(environment: dict) -> str:

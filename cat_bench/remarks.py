@@ -12,7 +12,7 @@ from cat_bench import store
 from cat_bench.errors import UserError
 
 FIELDS = ("text", "architectures", "metrics")
-BATCH_SIZES = "batch_sizes"  # an optional field
+BATCH_SIZES, AT_LEAST = "batch_sizes", "at_least"  # optional fields
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Remark:
     architectures: tuple[str, ...]  # labels ("GDN") or file names ("mamba2": of any settings)
     metrics: tuple[str, ...]  # as in records.jsonl
     batch_sizes: tuple[int, ...] = ()  # (): all
+    at_least: float = 0.0  # present code's values are no less than this share of the stored ones
 
     def is_about(self, label: str, arch: str, batch_size: int) -> bool:
         is_named = bool({label, arch.partition(":")[0]} & set(self.architectures))
@@ -56,7 +57,7 @@ def _architectures(run: store.Run) -> set[str]:
 
 
 def _remark(entry: Any, known: dict[str, set]) -> Remark:
-    if not isinstance(entry, dict) or entry.keys() - {BATCH_SIZES} != set(FIELDS):
+    if not isinstance(entry, dict) or entry.keys() - {BATCH_SIZES, AT_LEAST} != set(FIELDS):
         raise ValueError(f"got {entry!r}, expected an object of {', '.join(FIELDS)}")
     text = entry["text"]
     if not isinstance(text, str) or len(text.splitlines()) != 1:
@@ -72,5 +73,8 @@ def _remark(entry: Any, known: dict[str, set]) -> Remark:
         if unknown:
             has = ", ".join(str(value) for value in sorted(values))
             raise ValueError(f"got {field} {unknown}, which this run lacks; it has {has}")
+    share = entry.get(AT_LEAST, 0.0)
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise ValueError(f"got {AT_LEAST} {share!r}, expected a share from 0 to 1")
     architectures, metrics = (tuple(entry[field]) for field in FIELDS[1:])
-    return Remark(text, architectures, metrics, tuple(entry.get(BATCH_SIZES, ())))
+    return Remark(text, architectures, metrics, tuple(entry.get(BATCH_SIZES, ())), float(share))

@@ -627,7 +627,7 @@ def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_pa
 def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_decide_nothing(
     tmp_path,
 ) -> None:
-    cases = [c for c in plan("fig2") if c.arch in ("cat", "dense", "mamba2")]
+    cases = plan("fig2")
     resolved = {c.key: {"label": _settings.label(c.arch)} for c in cases}
     run = measure(tmp_path, cases, resolved=resolved)
     remark = {"text": "Stale.", "architectures": ["mamba2"], "metrics": ["peak_reserved_bytes"]}
@@ -654,6 +654,10 @@ def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_decide_nothing(
     (run.path / "remarks.json").write_text(json.dumps([remark | {"batch_sizes": [4]}]))
     by_batch = render("crossover", tmp_path).tables[0].text.set_index("batch")["fastest"]
     assert by_batch["4"] == "-" and "-" not in set(by_batch.drop("4"))
+    # unless present code cannot have made it one of the first two
+    (run.path / "remarks.json").write_text(json.dumps([remark | {"at_least": 0.99}]))
+    text = render("crossover", tmp_path).tables[0].text
+    assert "-" not in set(text["fastest"]) and "Mamba2" not in set(text["fastest"])
     (run.path / "remarks.json").write_text(json.dumps([remark | {"batch_sizes": [5]}]))
     _, runs, skipped = _build.all_records(tmp_path)
     assert runs == [] and "batch_sizes [5], which this run lacks; it has 1, 4," in skipped[0]
@@ -727,6 +731,13 @@ def test_a_winner_and_a_crossing_are_of_one_run(tmp_path) -> None:
     )
     shown = everything[everything["is_chosen"] & (everything["label"] == "CAT-8")]
     assert set(shown["run"]) == {newer.name} and shown["faster"].isna().all()
+
+
+def test_a_setting_without_all_its_systems_names_none_and_says_how_many(tmp_path) -> None:
+    measure(tmp_path, [c for c in plan("crossover") if c.arch in ("dense", "cat")])
+    text = render("crossover", tmp_path).tables[0].text
+    assert set(text["fastest"]) == set(text["smallest"]) == set(text["run"]) == {"-"}
+    assert "2 of 11" in set(text["of"]) and all(" of 1" in cell for cell in text["of"])
 
 
 def test_crossings_are_said_as_intervals() -> None:

@@ -168,6 +168,8 @@ def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> Non
         ({"text": "two\nlines"}, "expected one line"),
         ({"text": "two\rlines"}, "expected one line"),
         ({"author": "me"}, "expected an object of text, architectures, metrics"),
+        ({"at_least": 1.5}, "got at_least 1.5, expected a share from 0 to 1"),
+        ({"at_least": True}, "got at_least True, expected a share"),
     ):
         path.write_text(json.dumps([remark | wrong]))
         with pytest.raises(UserError, match=words):

@@ -13,7 +13,7 @@ import pandas as pd
 
 from cat_bench import stats
 from cat_bench.case import Case
-from cat_bench.measurements import is_marked
+from cat_bench.measurements import is_marked, least
 
 SETTING = ["batch_size", "seq_len", "prompt_len"]
 
@@ -87,25 +87,30 @@ class Best(NamedTuple):
 def best(rows: pd.DataFrame, metric: str) -> list[Best]:
     """Per setting, in the newest run that has every architecture which any run has there.
 
-    Without such a run nobody is known to be best: the setting is left out. Nor is anybody where a
-    remark is about one of the values.
+    Without such a run nobody is known to be best: the setting is left out. So it is where a value
+    under a remark may be among the first two.
     """
     found = []
     ok = rows[(rows["status"] == "ok") & rows[metric].notna()] if metric in rows else rows.iloc[:0]
     for setting, part in ok.groupby(SETTING):
-        by_run = dict(list(_unmarked(part, metric).groupby("run")))
-        everyone = set(part["label"])
-        whole = [name for name, rows_of in by_run.items() if set(rows_of["label"]) == everyone]
-        if not whole:
-            continue
-        run = max(whole, key=number)
-        ranked = by_run[run].sort_values(metric)
-        if len(ranked) > 1:
+        by_run = dict(list(part.groupby("run")))
+        whole = [run for run in by_run if set(by_run[run]["label"]) == set(part["label"])]
+        for run in sorted(whole, key=number, reverse=True):
+            ranked = _unmarked(by_run[run], metric).sort_values(metric)
+            if len(ranked) < 2 or _may_be_below(by_run[run], metric, ranked.iloc[1][metric]):
+                continue
             first, second = ranked.iloc[0], ranked.iloc[1]
             margin = stats.ratio(_samples(second, metric), _samples(first, metric))
             names = first["label"], first[metric], second["label"]
-            found.append(Best(*map(int, setting), run, *names, margin, len(ranked)))
+            found.append(Best(*map(int, setting), run, *names, margin, len(by_run[run])))
+            break
     return found
+
+
+def _may_be_below(rows: pd.DataFrame, metric: str, bound: float) -> bool:
+    """Whether present code may have made a value that a remark is about less than `bound`."""
+    marked = [row for _, row in rows.iterrows() if is_marked(row, metric)]
+    return any(least(row, metric) <= bound for row in marked)
 
 
 def _unmarked(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

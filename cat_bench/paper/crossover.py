@@ -52,6 +52,14 @@ PANELS = (
     figures.Panel("peak_bytes", "peak, prompt in one call", "Peak memory (GiB)", "", divisor=GIB),
     figures.Panel("ttft_s", "time to first token", "TTFT (s)", ""),
 )  # fmt: skip
+NOTES = (
+    "fastest = least time per step of the whole batch; ahead of = the second, its time / the "
+    "first's with a 95 % interval, both of the run named; ~ = the interval holds 1, or the margin "
+    "rounds to 1.00.",
+    "smallest = least weights + live state while decoding. of = architectures compared. - = not "
+    "known: no run has all of them, or one of the first two may be another by a remark.",
+    "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
+)
 
 
 def plan(scale: str) -> list[Case]:
@@ -94,7 +102,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     )
     if rows.empty:
         return Content((), figure, None)
-    made = [_winners(fastest, smallest, rows, scale, lacks), _crossings(everything, rows)]
+    made = [_winners((fastest, smallest), rows, scale, lacks), _crossings(everything, rows)]
     if len(lines):  # the cells of Figures 2 and 3 may be there before any of the lines
         made.append(_measurements(lines))
     return Content(tuple(made), figure, _plotted(rows))
@@ -162,59 +170,51 @@ def _times(ratio: float) -> str:
 
 
 def _winners(
-    fastest: Sequence[_one_run.Best],
-    smallest: Sequence[_one_run.Best],
+    found: tuple[Sequence[_one_run.Best], Sequence[_one_run.Best]],
     rows: pd.DataFrame,
     scale: str,
     lacks: Sequence[str],
 ) -> tables.Table:
-    by_setting = [{one[:3]: one for one in found} for found in (fastest, smallest)]
+    """`found`: who is fastest, and who is smallest. A row per setting of which something is known
+    or at least measured.
+    """
+    quick_at, small_at = ({one[:3]: one for one in ones} for ones in found)
+    ok = rows[rows["status"] == "ok"]
+    measured = Counter(zip(*(ok[name] for name in _one_run.SETTING), strict=True))
+    planned = Counter(map(_one_run.setting_of, plan(scale)))
     text, values = [], []
-    for setting in sorted(set().union(*by_setting)):
-        batch_size, seq_len, prompt_len = setting
-        quick, small = (found.get(setting) for found in by_setting)
-        compared = quick or small
+    for setting in sorted(measured):
+        quick, small = quick_at.get(setting), small_at.get(setting)
+        known = dict(zip(_one_run.SETTING, setting, strict=True))
+        one = quick or small
+        compared = str(one.num_compared) if one else f"{measured[setting]} of {planned[setting]}"
         text.append(
             {
-                "batch": str(batch_size),
-                "length": _lines.tokens(seq_len),
-                "prompt": str(prompt_len),
-                "fastest": quick.label if quick else "-",
-                "ms/step": milliseconds(quick.value) if quick else "-",
-                "ahead of": _ahead(quick) if quick else "-",
-                "smallest": small.label if small else "-",
-                "GiB": gib(small.value) if small else "-",
-                "smaller than": _ahead(small) if small else "-",
-                "of": str(compared.num_compared),
-                "run": compared.run,
+                "batch": str(known["batch_size"]),
+                "length": _lines.tokens(known["seq_len"]),
+                "prompt": str(known["prompt_len"]),
+                **_cells(quick, ("fastest", "ms/step", "ahead of"), milliseconds),
+                **_cells(small, ("smallest", "GiB", "smaller than"), gib),
+                "of": compared,
+                "run": one.run if one else "-",
             }
         )
         values.append(
-            {
-                "batch_size": batch_size,
-                "seq_len": seq_len,
-                "prompt_len": prompt_len,
-                **(_values("fastest", "tpot_s", quick) if quick else {}),
-                **(_values("smallest", "held_bytes", small) if small else {}),
-            }
+            known | _values("fastest", "tpot_s", quick) | _values("smallest", "held_bytes", small)
         )
-    notes = [
-        "fastest = least time per step of the whole batch; ahead of = the second, its time / the "
-        "first's with a 95 % interval, both of the run named; ~ = the interval holds 1, or the "
-        "margin rounds to 1.00.",
-        "smallest = least weights + live state while decoding. of = architectures compared. - = "
-        "not known: a remark is about the value of one. Settings of which no run has all are left "
-        "out.",
-        "prompt 8: mean over a whole generation; longer prompts: mean of the steps after it.",
-        *_curves.patterns(rows),
-        *failures(rows),
-        *lacks,
-    ]
+    notes = [*NOTES, *_curves.patterns(rows), *failures(rows), *lacks]
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     absent = _settings.missing(ARCHITECTURES, scale)
     notes += [f"Not timed: {', '.join(absent)}."] if absent else []
     shown = pd.DataFrame(text), pd.DataFrame(values)
     return tables.Table(shown[1], shown[0], _curves.heading(rows), tuple(notes), title=TITLE)
+
+
+def _cells(
+    one: _one_run.Best | None, titles: Sequence[str], write: Callable[[float], str]
+) -> dict[str, str]:
+    cells = (one.label, write(one.value), _ahead(one)) if one else ("-",) * 3
+    return dict(zip(titles, cells, strict=True))
 
 
 def _ahead(one: _one_run.Best) -> str:
@@ -223,7 +223,9 @@ def _ahead(one: _one_run.Best) -> str:
     return f"{one.second} {_times(ratio)}{interval}{'' if one.is_clear else ' ~'}"
 
 
-def _values(word: str, metric: str, one: _one_run.Best) -> dict[str, object]:
+def _values(word: str, metric: str, one: _one_run.Best | None) -> dict[str, object]:
+    if one is None:
+        return {}
     return {
         word: one.label, metric: one.value, f"{word}_second": one.second,
         f"{word}_margin": one.margin.median, f"{word}_run": one.run,
