@@ -568,6 +568,10 @@ def test_crossings_are_interpolated_on_logarithmic_axes() -> None:
     assert _curves.crossing_text(flat, dense, figures.BATCH) == (
         "crosses at batch size about 2 (interpolated), lower at 16"
     )
+    # at a point where both are equal the lines touch or cross, as those beside it tell
+    assert len(_curves.crossings(flat, {1.0: 1.0, 4.0: 2.0, 16.0: 4.0})) == 1
+    assert _curves.crossings(flat, {1.0: 1.0, 4.0: 2.0, 16.0: 1.0}) == []
+    assert _one_run.turns({1.0: -1.0, 2.0: 0.0, 3.0: 1.0}) == [((1.0, -1.0), (3.0, 1.0))]
     assert _curves.crossing_text(dense, {1.0: 0.5, 16.0: 1.0}, figures.BATCH) == (
         "higher at all 2 common points from 1 to 16"
     )

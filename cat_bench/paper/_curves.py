@@ -17,7 +17,7 @@ from cat_bench.notes import (
     prompt_share,
     ranges,
 )
-from cat_bench.paper import _published, _settings
+from cat_bench.paper import _one_run, _published, _settings
 from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
 from cat_bench.stats import MIN_COVERED
@@ -246,13 +246,8 @@ def crossing_text(a: dict[float, float], b: dict[float, float], axis: figures.Ax
 def crossings(a: dict[float, float], b: dict[float, float]) -> list[tuple[float, float, float]]:
     """Every (x before, x after, x between) where the lines a and b cross; the last is interpolated
     on logarithmic axes."""
-    shared = sorted(set(a) & set(b))
-    gaps = [(x, math.log(a[x] / b[x])) for x in shared]
-    return [
-        (x0, x1, x0 * (x1 / x0) ** (gap0 / (gap0 - gap1)))
-        for (x0, gap0), (x1, gap1) in zip(gaps, gaps[1:], strict=False)
-        if gap0 * gap1 < 0
-    ]
+    turns = _one_run.turns({x: math.log(a[x] / b[x]) for x in set(a) & set(b)})
+    return [(x0, x1, x0 * (x1 / x0) ** (gap0 / (gap0 - gap1))) for (x0, gap0), (x1, gap1) in turns]
 
 
 def published_dense(exhibit: str, batch_size: int | None = None) -> list[_published.Point]:

@@ -130,19 +130,25 @@ def crossing(
 
     Interpolated linearly in log-log, the point itself would claim more than was measured.
     """
-    gaps = sorted(_gaps(rows, subject, reference, x, metric).items())
+    gaps = _gaps(rows, subject, reference, x, metric)
     if len(gaps) < 2:
         return "-"
-    between = [
-        f"crosses between {write(x0)} and {write(x1)}"
-        for (x0, gap0), (x1, gap1) in zip(gaps, gaps[1:], strict=False)
-        if (gap0 < 0) != (gap1 < 0)
-    ]
-    (first, gap), (last, _) = gaps[0], gaps[-1]
+    between = [f"crosses between {write(x0)} and {write(x1)}" for (x0, _), (x1, _) in turns(gaps)]
+    (first, gap), *_, (last, _) = sorted(gaps.items())
     word = "lower" if gap < 0 else "higher"
     if between:
         return f"{word} at {write(first)}, {', '.join(between)}"
     return f"{word} from {write(first)} to {write(last)}"
+
+
+Gap = tuple[float, float]  # x, and how far one line is above the other there
+
+
+def turns(gaps: dict[float, float]) -> list[tuple[Gap, Gap]]:
+    """Neighbours of `gaps` between which the sign changes. Where it is 0 neither line is above."""
+    known = sorted((x, gap) for x, gap in gaps.items() if gap)
+    pairs = zip(known, known[1:], strict=False)
+    return [(one, other) for one, other in pairs if (one[1] < 0) != (other[1] < 0)]
 
 
 def _gaps(
