@@ -30,7 +30,7 @@ from cat_bench.paper import (
 )
 
 EXHIBITS = [f"table{n}" for n in range(1, 14)] + [f"fig{n}" for n in range(2, 9)]
-EXHIBITS += ["attention", "crossover", "training", "ttft"]  # our own
+EXHIBITS += ["attention", "crossover", "training", "ttft", "upstream"]  # our own
 GPU = {"gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0",
        "command": "cat-bench paper fig3 --run", "cpu_name": "A CPU", "cpu_cores": 2}  # fmt: skip
 
@@ -760,6 +760,25 @@ def test_crossings_are_said_as_intervals() -> None:
 def test_names_stand_apart_and_inside() -> None:
     heights = _lines.spread({"a": 0.99, "b": 1.0, "c": 0.98, "d": 0.1}, 0.1)
     assert heights == pytest.approx({"c": 0.8, "a": 0.9, "b": 1.0, "d": 0.1})
+
+
+def test_loops_of_a_pair_stand_side_by_side(tmp_path) -> None:
+    """Also pairs of `run upstream`, of scale custom, until the exhibit's own are measured."""
+    cases = plan("upstream")
+    assert {spec.parse(case.arch).name for case in cases} == {"mamba2", "gated_deltanet"}
+    older = [replace(case, scale="custom") for case in cases]
+    for loop, slower in (("ours", 1.0), ("upstream", 2.0)):
+        chosen = [case for case in older if case.settings == (("loop", loop),)]
+        measure(tmp_path, chosen, slower=slower, resolved=None)
+    built = _build.build(["upstream"], "h100", tmp_path)
+    assert built.statuses[0].status == "partial 0/8"
+    assert "8 of an earlier plan" in built.statuses[0].detail
+    run = measure(tmp_path, cases)  # both loops take the same time
+    _build.build(["upstream"], "h100", tmp_path)
+    table = (tmp_path / "paper" / "h100" / "upstream.md").read_text()
+    assert table.count("1.00 [1.00, 1.00]") == 4 and run.name in table
+    (smoke,) = render("upstream", tmp_path, "smoke").tables
+    assert set(smoke.text["loop ratio"]) == {"needs a CUDA GPU"}
 
 
 def test_time_to_first_token_has_ratios_of_its_own_run(tmp_path) -> None:
