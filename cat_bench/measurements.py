@@ -165,11 +165,11 @@ def _without_sizes(label: str) -> str:
 
 
 def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
-    """What a case's ceilings were of the best in its run, at most 1.
+    """What the worse of a case's ceilings was of the best in its run, at most 1.
 
-    A ceiling measured while the device was still busy is too low and its floor too high. Times this
-    share, the floor is a bound at the run's best ceilings: never flattering, and exact where one
-    resource binds throughout.
+    A ceiling measured while the device was still busy is too low and its floor too high. A row
+    stores the floor as a whole, so all of it is taken times the worse share: never more than the
+    floor at the run's best ceilings, and less where the other ceiling binds.
     """
     share = pd.Series(1.0, index=rows.index)
     for ceiling in CEILINGS:

@@ -13,7 +13,7 @@ import pytest
 
 from cat_bench import measurements, notes, report, store, tables
 from cat_bench.case import Case, Record
-from cat_bench.columns import EFFICIENCY_COLUMNS, GIB, Column, digits, whole
+from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
 from cat_bench.errors import UserError
 from cat_bench.paper._published import Point
@@ -107,6 +107,35 @@ def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
         tmp_path, rows=[(reference, rows(4e12)), (case(batch_size=128), rows(3e12))]
     )  # a reference is in no table, but its ceilings count
     assert list(measurements.measured(measurements.frame([run]))["floor_share"]) == [0.375]
+
+
+def test_the_floor_is_lowered_by_the_worse_of_its_ceilings_within_its_own_run(tmp_path) -> None:
+    """Shares 3/4 and 1/2 of the run's best: half of floor / latency = 1/2, whichever was worse."""
+
+    def rows(bandwidth: float, rate: float):
+        def records(key: str) -> list[Record]:
+            return [
+                Record(key, "read_bandwidth_bytes_per_s", bandwidth, "bytes/s"),
+                Record(key, "matmul_flops_per_s", rate, "FLOP/s"),
+                *timed(key, 2.0, 1.0),
+            ]
+
+        return records
+
+    best, low_rate, low_bandwidth = (case(batch_size=size) for size in (16, 64, 128))
+    run = make_run(
+        tmp_path,
+        rows=[
+            (best, rows(4e12, 8e14)),
+            (low_rate, rows(3e12, 4e14)),
+            (low_bandwidth, rows(2e12, 6e14)),
+        ],
+    )
+    faster = make_run(tmp_path, "other", rows=[(best, rows(8e12, 32e14))])
+    rows = measurements.measured(measurements.frame([run, faster]))
+    assert list(rows["floor_share"]) == [0.5, 0.25, 0.25, 0.5]
+    said = " ".join(DEFINITIONS)
+    assert "in the case's own process, lowered by the share by which the worse of them" in said
 
 
 def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> None:
