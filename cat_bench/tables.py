@@ -219,7 +219,8 @@ def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
     for column in columns:
         values = [row[key] for key in column.keys]
         if not pd.isna(values[0]):
-            cells[column.title] = column.write(*values) + REMARKED * is_marked(row, column.keys[0])
+            marked = any(is_marked(row, key) for key in column.keys)
+            cells[column.title] = column.write(*values) + REMARKED * marked
         else:
             cells[column.title] = "-" if status in ("ok", "") else str(status)
             status = ""  # said once per row
