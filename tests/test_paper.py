@@ -616,6 +616,73 @@ def test_exhibits_name_what_they_lack(tmp_path) -> None:
     assert "Dense (prompt 1024, 4096); Dense-2D, CAT-8" in note
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("fig2", {"batch": "64", "length": "1024"}),
+        ("fig3", {"batch": "256", "length": "2048"}),
+        ("fig7", {"batch": "256", "length": "2048"}),
+        ("ttft", {"prompt": "4096"}),
+        ("crossover", {"batch": "16", "length": "4096"}),
+    ],
+)
+def test_nobody_is_best_at_a_setting_of_which_a_planned_case_is_missing(
+    name: str, where: dict[str, str], tmp_path
+) -> None:
+    fields = {"batch": "batch_size", "length": "seq_len", "prompt": "prompt_len"}
+    cases = plan(name)
+    missing = next(
+        case
+        for case in cases
+        if not case.arch.startswith("cat")
+        if all(str(getattr(case, fields[word])) == size for word, size in where.items())
+    )
+    measure(tmp_path, [case for case in cases if case != missing])
+    made = render(name, tmp_path).tables[2 if name == "crossover" else 0]
+    here = pd.concat([made.text[word] == size for word, size in where.items()], axis=1).all(axis=1)
+    has_best = made.best.any(axis=1)
+    assert here.any() and not has_best[here].any()
+    assert has_best[~here].any()
+
+
+def test_attention_ranks_only_where_every_implementation_was_measured(tmp_path) -> None:
+    cases = [
+        case
+        for case in plan("attention")
+        if case.seq_len != 16_384 or dict(case.settings)["implementation"] != "fused"
+    ]
+    run = store.Run.create(tmp_path, "attention", GPU, cases, {})
+    order = ("flex_permuted", "flex_interleaved", "causal", "fused", "two_part", "eager")
+    for case in cases:
+        seconds = 1.0 + order.index(dict(case.settings)["implementation"])
+        run.append(
+            [
+                Record(case.key, "forward_s", seconds, "s", [seconds] * 5),
+                Record(case.key, "forward_backward_s", seconds, "s", [seconds] * 5),
+                Record(case.key, "case", 1.0, "s"),
+            ]
+        )
+    made = render("attention", tmp_path).tables[0]
+    ours = made.text[made.best["forward + backward ms [95 % CI]"]]
+    assert set(ours["implementation"]) == {"flex_permuted"}
+    assert list(ours["length"]) == ["1024", "4096", "65536"]
+
+
+def test_training_ranks_no_replayed_step_with_one_launched_from_python(tmp_path) -> None:
+    cases, step = plan("training"), "step s [95 % CI]"
+    old = [case for case in cases if case.seq_len == 4096 and case.arch.startswith("based")]
+    new = [case for case in cases if case not in old]
+    for some in (new, [training.earlier(case) for case in old]):
+        run = store.Run.create(tmp_path, "training", GPU, some, {})
+        for case in some:
+            seconds = 1.0 + (case.arch != "dense")
+            rows = [Record(case.key, "train_step_s", seconds, "s", [seconds] * 5)]
+            run.append([*rows, Record(case.key, "case", 1.0, "s")])
+    records = _build._found("training", "h100", _build.all_records(tmp_path)[0]).records
+    made = _build.exhibit("training").render(records, [], "h100").tables[0]
+    assert set(made.text["length"][made.best[step]]) == {"1024"}
+
+
 def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_path) -> None:
     measure(tmp_path, [c for c in plan("crossover") if c.batch_size not in (16, 64)])
     (note,) = (n for n in render("crossover", tmp_path).tables[0].notes if "Not measured" in n)

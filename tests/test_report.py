@@ -535,14 +535,42 @@ def test_best_needs_a_rival() -> None:
     assert list(made.best["n"]) == [False, True, False]
 
 
-def test_no_best_where_two_runs_are_nearer_than_a_run_may_drift() -> None:
-    columns = [Column("n", ("n",), whole, max)]
-    rows = pd.DataFrame({"label": ["a", "b", "c"], "n": [100.0, 102.0, 50.0]})
-    assert list(tables.table(rows, columns).best["n"]) == [False, True, False]
-    apart = rows.assign(run=["0001-a", "0002-b", "0001-a"])
-    assert not tables.table(apart, columns).best["n"].any()
-    together = rows.assign(run=["0001-a", "0001-a", "0002-b"])
-    assert list(tables.table(together, columns).best["n"]) == [False, True, False]
+def best_of(key: str, values: list[float], runs: str = "aaa", **columns) -> list[bool]:
+    """Which of three rows have the most of `key` in bold."""
+    rows = pd.DataFrame({"label": ["x", "y", "z"], key: values, "run": list(runs), **columns})
+    return list(tables.table(rows, [Column("it", (key,), whole, max)]).best["it"])
+
+
+def test_bytes_are_exact_inside_a_run_and_drift_between_runs() -> None:
+    second, nobody = [False, True, False], [False] * 3
+    assert best_of("peak_bytes", [100.0, 102.0, 50.0]) == second
+    assert best_of("peak_bytes", [100.0, 102.0, 50.0], "aab") == second
+    assert best_of("peak_bytes", [100.0, 102.0, 50.0], "aba") == nobody
+    assert best_of("peak_bytes", [98.0, 102.0, 50.0], "aba") == second
+    assert best_of("peak_bytes", [102.0, 102.0, 50.0]) == [True, True, False]
+
+
+@pytest.mark.parametrize("runs", ["aaa", "aba"])
+def test_a_rate_is_best_only_beyond_the_margin_of_drift(runs: str) -> None:
+    assert best_of("tokens_per_s", [231_680.0, 231_714.0, 95_411.0], runs) == [False] * 3
+    assert best_of("tokens_per_s", [98.0, 100.0, 50.0], runs) == [False] * 3
+    assert best_of("tokens_per_s", [96.0, 100.0, 50.0], runs) == [False, True, False]
+    assert best_of("tokens_per_s", [100.0, 100.0, 50.0], runs) == [False] * 3
+
+
+def test_a_time_is_best_only_where_samples_that_could_tell_it_apart_do() -> None:
+    few, many = ([[90.0, 100.0, 101.0] * n, [80.0, 110.0, 150.0] * n] for n in (1, 3))
+    for samples, expected in ((few, [False, True, False]), (many, [False] * 3)):
+        columns = {"latency_s.samples": [*samples, [50.0] * len(samples[0])]}
+        assert best_of("latency_s", [100.0, 110.0, 50.0], **columns) == expected
+
+
+def test_nobody_is_best_where_some_rows_are_not_ranked() -> None:
+    ranked = {"is_ranked": [True, True, True]}, {"is_ranked": [True, True, False]}
+    assert [best_of("state_bytes", [1.0, 2.0, 3.0], **one) for one in ranked] == [
+        [False, False, True],
+        [False] * 3,
+    ]
 
 
 def test_a_value_under_a_remark_has_a_dagger_and_its_group_no_best(tmp_path) -> None:
