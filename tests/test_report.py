@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import measurements, notes, report, store, tables
+from cat_bench import compare, measurements, notes, report, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
@@ -385,6 +385,21 @@ def test_rows_of_one_label_tell_the_settings_that_differ(tmp_path, monkeypatch) 
     assert set(text["architecture"]) == {"Mine"}  # the batch tells them apart
 
 
+def test_of_several_dense_the_first_is_the_reference(tmp_path) -> None:
+    """Of a run's own seeds, or of older runs where it has none: 4 s over 2 s, never 6 s."""
+    first, second, cat = (
+        (case("dense"), lambda key: timed(key, 4.0, 1.0)),
+        (case("dense", seed=1), lambda key: timed(key, 6.0, 1.0)),
+        (case("cat"), lambda key: timed(key, 2.0, 1.0)),
+    )
+    together = [make_run(tmp_path / "one", rows=[first, second, cat])]
+    apart = [make_run(tmp_path / "more", rows=[row]) for row in (first, second, cat)]
+    for runs in (together, apart):
+        rows = measurements.measured(measurements.frame(runs)).set_index("label")
+        assert rows.loc["CAT-8", "speedup"] == 2.0
+        assert rows.loc["CAT-8", "dense_run"] == "0001-fig"
+
+
 def test_two_dense_of_other_sizes_are_no_reference(tmp_path) -> None:
     """Which Dense is meant must not depend on the order in which cases ran."""
     archs = {"dense:width=512": "Dense (width=512)", "dense:width=256": "Dense (width=256)"}
@@ -504,6 +519,34 @@ def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
     assert by_label.loc["Dense", "mark"] == "~"
     assert by_label.loc["CAT-8", "mark"] == "+"
     assert by_label.loc["CAT-8", "change"] == "2.00x -> 1.00x Dense"
+
+
+def speedup(ratio: float, low: float, high: float) -> pd.Series:
+    ends = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "speedup_n": 10}
+    return pd.Series(ends)
+
+
+@pytest.mark.parametrize(
+    ("b", "factors", "mark"),
+    [
+        ((2.05, 2.05, 2.05), (1.025, 1.025, 1.025), "~"),  # within 3 %
+        ((2.1, 2.1, 2.1), (1.05, 1.05, 1.05), "-"),
+        ((1.9, 1.9, 1.9), (0.95, 0.95, 0.95), "+"),
+        ((1.95, 1.95, 1.95), (0.975, 0.975, 0.975), "~"),
+    ],
+)
+def test_ratios_across_machines_need_the_margin_too(b, factors, mark: str) -> None:
+    found = compare._compare_ratios(speedup(2.0, 2.0, 2.0), speedup(*b))
+    ends = found["factor"], found["factor_low"], found["factor_high"]
+    assert (ends, found["mark"]) == (pytest.approx(factors), mark)
+
+
+def test_ratios_across_machines_divide_by_the_opposite_end() -> None:
+    """By the same end both intervals would lie apart: 2.1 / 1.6 and 2.4 / 2.2 are above 1."""
+    found = compare._compare_ratios(speedup(2.0, 1.6, 2.2), speedup(2.3, 2.1, 2.4))
+    ends = found["factor"], found["factor_low"], found["factor_high"]
+    assert ends == pytest.approx((2.3 / 2.0, 2.1 / 2.2, 2.4 / 1.6))
+    assert found["mark"] == "~"
 
 
 @pytest.mark.parametrize(("n", "mark"), [(3, "~"), (10, "+")])
