@@ -440,7 +440,7 @@ def test_pairs_of_a_prompts_last_tokens_without_the_last() -> None:
 
 
 def test_matrices_of_a_prompt_are_passed_by_all_tokens_but_the_last() -> None:
-    """2 sequences, 2 FLOP per weight; below the last block 5 tokens, that one is passed by none."""
+    """2 sequences, 2 FLOP a weight, 5 tokens before the last: the last block needs none of them."""
     model = build(parse(DEEP[-1]), device="meta")  # 3 layers, no pairs
     weights = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() > 1)
     before = prefill_costs(model, 2, 6)[-1]
