@@ -125,8 +125,9 @@ DEFINITIONS = (
     "peak = max reserved by the allocator, captured graphs included (CPU: resident set, with the "
     "interpreter). state = by formula.",
     "vs Dense, vs Dense-2D = their median latency / median latency, same setting, 95 % interval.",
-    "floor = least time by bytes and FLOPs at the best ceilings measured in the same run; "
-    "% of floor = floor / latency.",
+    "floor = least time by bytes and FLOPs at the ceilings measured in the case's own process, "
+    "lowered by the share by which the worse of them is below the best of the run; % of floor = "
+    "floor / latency: none is too high, one bound by memory alone may be some points too low.",
 )
 
 TRAINING_COLUMNS = (

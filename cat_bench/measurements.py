@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cat_bench import remarks, stats, store
+from cat_bench.columns import PERCENTILES
 from cat_bench.environment import machine_line
 
 # Of Case.settings: those that make another measurement.
@@ -28,11 +29,28 @@ MEMORY_RATIOS = {
 }
 ATTENTION_SIZES = ("num_layers", "compressor_layers", "vocab_size")
 HEAD_WIDTH = 64
-DERIVED_FROM = {  # columns that are made here and in exhibits -> what records.jsonl calls them
-    "peak_bytes": ("peak_reserved_bytes", "peak_rss_bytes"),
+TIMED = ("latency_s", "train_step_s", "forward_backward_s")  # of each suite one
+PEAK = ("peak_reserved_bytes", "peak_rss_bytes")
+ALLOCATED = ("peak_allocated_bytes", "peak_rss_bytes")
+STEP_STATISTICS = ("mean", "first", "last", *(f"p{p}" for p in PERCENTILES))
+DERIVED_FROM = {  # columns, also those that exhibits make -> the metrics in records.jsonl
+    **dict.fromkeys(("latency_s", "time_s", "speedup", "speedup_2d"), TIMED),
+    **dict.fromkeys(("time_ratio", "time_2d_ratio", "loop_ratio"), TIMED),
+    "floor_share": ("floor_s", *TIMED),
+    "tokens_per_s": ("tokens_per_s", "decode_s", "tpot_s", "train_step_s"),
+    "mfu": ("mfu", "train_step_s"),
+    "matmul_flops_ratio": ("matmul_flops_ratio", "train_step_s"),
+    "forward_flops_per_s": ("forward_flops_per_s", "forward_s"),
+    "forward_backward_flops_per_s": ("forward_backward_flops_per_s", "forward_backward_s"),
+    "faster": ("tpot_s",),
+    **dict.fromkeys(("sooner", "sooner_2d"), ("ttft_s",)),
+    **{f"step_{name}_s": ("step_s",) for name in STEP_STATISTICS},
+    **{f"step_inner_p{p}_s": ("step_s", "step_inner_s") for p in PERCENTILES},
+    **{f"step_boundary_p{p}_s": ("step_s", "step_boundary_s") for p in PERCENTILES},
+    **dict.fromkeys(("peak_bytes", "memory_ratio"), PEAK),
+    **dict.fromkeys(("allocated_bytes", "allocated_ratio", "bytes_ratio"), ALLOCATED),
+    "state_ratio": ("state_bytes",),
     "held_bytes": ("weights_bytes", "state_live_bytes"),
-    "speedup": ("latency_s",),
-    "memory_ratio": ("peak_reserved_bytes", "peak_rss_bytes"),
 }
 CEILINGS = ("read_bandwidth_bytes_per_s", "matmul_flops_per_s")
 
@@ -174,11 +192,11 @@ def _without_sizes(label: str) -> str:
 
 
 def _ceiling_share(rows: pd.DataFrame) -> pd.Series:
-    """What a case's ceilings were of the best in its run, at most 1.
+    """What the worse of a case's ceilings was of the best in its run, at most 1.
 
-    A ceiling measured while the device was still busy is too low and its floor too high. Times this
-    share, the floor is a bound at the run's best ceilings: never flattering, and exact where one
-    resource binds throughout.
+    A ceiling measured while the device was still busy is too low and its floor too high. A row
+    stores the floor as a whole, so all of it is taken times the worse share: never more than the
+    floor at the run's best ceilings, and less where the other ceiling binds.
     """
     share = pd.Series(1.0, index=rows.index)
     for ceiling in CEILINGS:

@@ -219,7 +219,8 @@ def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
     for column in columns:
         values = [row[key] for key in column.keys]
         if not pd.isna(values[0]):
-            cells[column.title] = column.write(*values) + REMARKED * is_marked(row, column.keys[0])
+            marked = any(is_marked(row, key) for key in column.keys)
+            cells[column.title] = column.write(*values) + REMARKED * marked
         else:
             cells[column.title] = "-" if status in ("ok", "") else str(status)
             status = ""  # said once per row
@@ -227,22 +228,45 @@ def _line(row: pd.Series, columns: Sequence[Column]) -> dict[str, str]:
 
 
 def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> pd.DataFrame:
-    """True where a cell is the best of its group; a group of one has no best, nor has one with a
-    value under a remark, or whose values of several runs are nearer than a run may drift.
+    """True where a cell is the best of its group. A group of one has no best, nor has one with a
+    value under a remark, with "is_ranked" False, or whose best cannot be told from the others.
     """
     best = pd.DataFrame(False, index=rows.index, columns=[c.title for c in columns])
     parts = [part for _, part in rows.groupby(list(by), sort=False)] if by else [rows]
     for column in (c for c in columns if c.best):
+        key = column.keys[0]
         for part in parts:
-            values = part[column.keys[0]].dropna()
-            marked = any(is_marked(row, column.keys[0]) for _, row in part.iterrows())
-            if len(values) > 1 and not marked:
-                first = values == column.best(values)
-                near = (values / column.best(values) - 1).abs() <= stats.MARGIN
-                if "run" in part and part.loc[values.index[near], "run"].nunique() > 1:
-                    continue
-                best.loc[values.index[first], column.title] = True
+            marked = any(is_marked(row, key) for _, row in part.iterrows())
+            is_ranked = "is_ranked" not in part or part["is_ranked"].all()
+            part = part[part[key].notna()]
+            if len(part) > 1 and is_ranked and not marked:
+                first = part[key] == column.best(part[key])
+                if _is_apart(part[first], part[~first], key):
+                    best.loc[part.index[first], column.title] = True
     return best
+
+
+def _is_apart(first: pd.DataFrame, others: pd.DataFrame, key: str) -> bool:
+    """Whether `first`, which share one value, are known to be best: by the rule of `compare`.
+
+    Counted bytes of one run are exact. A time or rate needs the margin that a run may drift by,
+    from run to run and inside one, and samples that differ, where so many could.
+    """
+    value = first[key].iloc[0]
+    near = others[(others[key] / value - 1).abs() <= stats.MARGIN]
+    if key.endswith("_bytes"):
+        together = pd.concat([first, near])
+        return "run" not in together or together["run"].nunique() == 1
+    pairs = [(a, b) for _, a in first.iterrows() for _, b in others.iterrows()]
+    return len(first) == 1 and near.empty and not any(_is_noise(*pair, key) for pair in pairs)
+
+
+def _is_noise(a: pd.Series, b: pd.Series, key: str) -> bool:
+    samples = [row.get(f"{key}.samples") for row in (a, b)]
+    if not all(isinstance(one, list) for one in samples):
+        return False
+    few = stats.too_few(*map(len, samples))
+    return not few and not stats.separable(*samples).separable
 
 
 def _with_step_statistics(rows: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from cat_bench.architecture import build
 from cat_bench.case import Case, Options, Record
 from cat_bench.errors import UserError
 from cat_bench.predict import resolve
+from cat_bench.profiler import Call, StepTime, Timing
 from cat_bench.spec import parse
 from cat_bench.suites import efficiency, load
 from cat_bench.suites.efficiency import measure, plan
@@ -194,6 +195,17 @@ def test_steps_of_cat_are_kept_by_class() -> None:
     assert len(rows["step_s"].samples) == 23
     assert len(rows["step_boundary_s"].samples) == 6
     assert len(rows["step_inner_s"].samples) == 17
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.98, False), (0.96, True), (1.04, True)])
+def test_instrumented_steps_that_add_up_to_another_time_are_told(share: float, told: bool) -> None:
+    """Sums of 3 steps against the 100 s of a decode: told beyond 3 %."""
+    steps = [StepTime("step", n, share * seconds) for n, seconds in enumerate((20, 30, 50))]
+    timing = Timing([], [Call(101.0, 101.0, 100.0, None)])
+    rows = {row.metric: row for row in efficiency._step_rows(tiny_case(DENSE), steps, timing)}
+    assert ("step_sum_difference" in rows) == told
+    if told:
+        assert rows["step_sum_difference"].value == pytest.approx(share - 1)
 
 
 @pytest.mark.parametrize("arch", [DENSE, CAT])

@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import figures, predict, spec, stats, store, tables
+from cat_bench import figures, measurements, predict, spec, stats, store, tables
 from cat_bench.case import Case, Record
+from cat_bench.columns import DETAIL_COLUMNS, KINDS, OTHER_COLUMNS
 from cat_bench.errors import UserError
 from cat_bench.paper import (
     _build,
@@ -25,9 +26,13 @@ from cat_bench.paper import (
     _one_run,
     _published,
     _settings,
+    attention,
     crossover,
     fig7,
+    training,
+    ttft,
 )
+from cat_bench.remarks import Remark
 
 EXHIBITS = [f"table{n}" for n in range(1, 14)] + [f"fig{n}" for n in range(2, 9)]
 EXHIBITS += ["attention", "crossover", "training", "ttft", "upstream"]  # our own
@@ -616,6 +621,73 @@ def test_exhibits_name_what_they_lack(tmp_path) -> None:
     assert "Dense (prompt 1024, 4096); Dense-2D, CAT-8" in note
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("fig2", {"batch": "64", "length": "1024"}),
+        ("fig3", {"batch": "256", "length": "2048"}),
+        ("fig7", {"batch": "256", "length": "2048"}),
+        ("ttft", {"prompt": "4096"}),
+        ("crossover", {"batch": "16", "length": "4096"}),
+    ],
+)
+def test_nobody_is_best_at_a_setting_of_which_a_planned_case_is_missing(
+    name: str, where: dict[str, str], tmp_path
+) -> None:
+    fields = {"batch": "batch_size", "length": "seq_len", "prompt": "prompt_len"}
+    cases = plan(name)
+    missing = next(
+        case
+        for case in cases
+        if not case.arch.startswith("cat")
+        if all(str(getattr(case, fields[word])) == size for word, size in where.items())
+    )
+    measure(tmp_path, [case for case in cases if case != missing])
+    made = render(name, tmp_path).tables[2 if name == "crossover" else 0]
+    here = pd.concat([made.text[word] == size for word, size in where.items()], axis=1).all(axis=1)
+    has_best = made.best.any(axis=1)
+    assert here.any() and not has_best[here].any()
+    assert has_best[~here].any()
+
+
+def test_attention_ranks_only_where_every_implementation_was_measured(tmp_path) -> None:
+    cases = [
+        case
+        for case in plan("attention")
+        if case.seq_len != 16_384 or dict(case.settings)["implementation"] != "fused"
+    ]
+    run = store.Run.create(tmp_path, "attention", GPU, cases, {})
+    order = ("flex_permuted", "flex_interleaved", "causal", "fused", "two_part", "eager")
+    for case in cases:
+        seconds = 1.0 + order.index(dict(case.settings)["implementation"])
+        run.append(
+            [
+                Record(case.key, "forward_s", seconds, "s", [seconds] * 5),
+                Record(case.key, "forward_backward_s", seconds, "s", [seconds] * 5),
+                Record(case.key, "case", 1.0, "s"),
+            ]
+        )
+    made = render("attention", tmp_path).tables[0]
+    ours = made.text[made.best["forward + backward ms [95 % CI]"]]
+    assert set(ours["implementation"]) == {"flex_permuted"}
+    assert list(ours["length"]) == ["1024", "4096", "65536"]
+
+
+def test_training_ranks_no_replayed_step_with_one_launched_from_python(tmp_path) -> None:
+    cases, step = plan("training"), "step s [95 % CI]"
+    old = [case for case in cases if case.seq_len == 4096 and case.arch.startswith("based")]
+    new = [case for case in cases if case not in old]
+    for some in (new, [training.earlier(case) for case in old]):
+        run = store.Run.create(tmp_path, "training", GPU, some, {})
+        for case in some:
+            seconds = 1.0 + (case.arch != "dense")
+            rows = [Record(case.key, "train_step_s", seconds, "s", [seconds] * 5)]
+            run.append([*rows, Record(case.key, "case", 1.0, "s")])
+    records = _build._found("training", "h100", _build.all_records(tmp_path)[0]).records
+    made = _build.exhibit("training").render(records, [], "h100").tables[0]
+    assert set(made.text["length"][made.best[step]]) == {"1024"}
+
+
 def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_path) -> None:
     measure(tmp_path, [c for c in plan("crossover") if c.batch_size not in (16, 64)])
     (note,) = (n for n in render("crossover", tmp_path).tables[0].notes if "Not measured" in n)
@@ -632,9 +704,7 @@ def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_pa
 def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_decide_nothing(
     tmp_path,
 ) -> None:
-    cases = plan("fig2")
-    resolved = {c.key: {"label": _settings.label(c.arch)} for c in cases}
-    run = measure(tmp_path, cases, resolved=resolved)
+    run = measure(tmp_path, plan("fig2"))
     remark = {"text": "Stale.", "architectures": ["mamba2"], "metrics": ["peak_reserved_bytes"]}
     (run.path / "remarks.json").write_text(json.dumps([remark]))
     content, said = render("fig2", tmp_path), f"Remark on {run.name}: Stale."
@@ -669,6 +739,68 @@ def test_remarks_of_a_run_stand_under_its_rows_and_marked_values_decide_nothing(
     (run.path / "remarks.json").write_text("[")
     _, runs, skipped = _build.all_records(tmp_path)
     assert runs == [] and "remarks.json is broken" in skipped[0]
+
+
+STORED = {  # metrics as records.jsonl calls them
+    *("forward_s", "backward_s", "optimizer_s", "ttft_s", "tpot_s", "compile_s", "capture_s"),
+    *("peak_allocated_bytes", "state_bytes", "graph_pool_bytes", "energy_per_token_j"),
+    *("weights_bytes", "gradients_bytes", "optimizer_bytes", "train_flops", "first_call_s"),
+    *("num_params", "num_params_non_embedding"),
+}
+NOT_MEASURED = {  # columns that no metric stands behind
+    *("label", "batch_size", "seq_len", "prompt_len", "loop", "heads", "implementation"),
+    *("forward_path", "suite", "seed", "status", "n", "boundary_share"),
+    *training.CLAIMS,
+}
+
+
+def test_every_column_and_panel_that_is_derived_tells_from_what() -> None:
+    """Else a remark on the metric would leave it unmarked."""
+    columns = [column for suite, _ in KINDS.values() for column in suite]
+    columns += [*OTHER_COLUMNS, *DETAIL_COLUMNS, *_curves.COLUMNS]
+    columns += [*training.COLUMNS, *ttft.COLUMNS, *crossover.LINE_COLUMNS]
+    panels = [*figures.ALL_PANELS, *attention.PANELS, *crossover.PANELS, *ttft.PANELS]
+    keys = {key.removesuffix("_low").removesuffix("_high") for c in columns for key in c.keys}
+    keys |= {panel.value for panel in panels}
+    told = STORED | NOT_MEASURED | set(measurements.DERIVED_FROM)
+    assert keys - told == set()
+    assert (STORED | NOT_MEASURED) - keys == set()
+
+
+@pytest.mark.parametrize(
+    ("metric", "marked"),
+    [
+        ("latency_s", {"latency_s", "speedup", "speedup_2d", "loop_ratio", "floor_share"}),
+        ("train_step_s", {"latency_s", "tokens_per_s", "mfu", "time_ratio", "time_2d_ratio"}),
+        ("forward_backward_s", {"latency_s", "time_s", "forward_backward_flops_per_s"}),
+        ("forward_s", {"forward_s", "forward_flops_per_s"}),
+        ("ttft_s", {"ttft_s", "sooner", "sooner_2d"}),
+        ("tpot_s", {"tpot_s", "tokens_per_s", "faster"}),
+        ("step_s", {"step_mean_s", "step_p50_s", "step_last_s", "step_boundary_p99_s"}),
+        ("peak_reserved_bytes", {"peak_bytes", "memory_ratio"}),
+        ("peak_allocated_bytes", {"peak_allocated_bytes", "allocated_bytes", "bytes_ratio"}),
+        ("state_bytes", {"state_bytes", "state_ratio"}),
+        ("state_live_bytes", {"held_bytes"}),
+    ],
+)
+def test_a_remark_marks_what_is_derived_from_its_metric(metric: str, marked: set[str]) -> None:
+    row = pd.Series({"remarks": (Remark("Stale.", ("dense",), (metric,)),)})
+    assert {name for name in marked if measurements.is_marked(row, name)} == marked
+    others = {"num_params", "graph_pool_bytes"}
+    assert not any(measurements.is_marked(row, name) for name in others)
+
+
+def test_table3_marks_what_a_remark_is_about(tmp_path) -> None:
+    run, ours = measure(tmp_path, plan("table3")), ["speed-up (ours)", "memory reduction (ours)"]
+    for metric, speedup, memory in (
+        ("latency_s", "1.00x\N{DAGGER}", "1.00x"),
+        ("peak_reserved_bytes", "1.00x", "1.00x\N{DAGGER}"),
+    ):
+        remark = {"text": "Stale.", "architectures": ["mamba2"], "metrics": [metric]}
+        (run.path / "remarks.json").write_text(json.dumps([remark]))
+        text = render("table3", tmp_path).tables[0].text.set_index("method")
+        assert list(text.loc["Mamba2", ours]) == [speedup, memory]
+        assert list(text.loc["CAT-16", ours]) == ["2.00x faster [2.00, 2.00]", "2.00x"]
 
 
 # --- our own exhibits: crossover and ttft ---------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cat_bench import predict, profiler, store
-from cat_bench.architecture import Cost, build
+from cat_bench.architecture import Cost, build, prefill_costs
 from cat_bench.case import Case, Options
 from cat_bench.errors import UserError
 from cat_bench.generate import new_state
@@ -17,6 +17,7 @@ from cat_bench.profiler import Ceilings
 from cat_bench.spec import parse
 from cat_bench.suites import attention
 from cat_bench.suites.efficiency import plan
+from cat_bench.window import pairs_before_last
 
 TINY = ["dense:width=64,num_layers=2,vocab_size=96", "cat:chunk_size=4,width=64,num_layers=2"]
 ROOT = Path(__file__).parent.parent
@@ -428,6 +429,23 @@ def test_tokens_that_a_window_reaches() -> None:
     assert passing["sparse-2d"] == [PROMPT] * 10 + [1, 1]
     assert passing["dense"] == [PROMPT] * 11 + [1]
     assert build(parse("swa-512"), device="meta").tokens_passing(600) == [600] * 10 + [512, 1]
+
+
+def test_pairs_of_a_prompts_last_tokens_without_the_last() -> None:
+    """Of 10 tokens the last 4: numbers 7, 8 and 9, which see as many, or the window."""
+    assert pairs_before_last(10, 4, window=100) == 7 + 8 + 9
+    assert pairs_before_last(10, 4, window=8) == 7 + 8 + 8
+    assert pairs_before_last(10, 1, window=8) == 0
+    assert pairs_before_last(3, 3, window=8) == 1 + 2
+
+
+def test_matrices_of_a_prompt_are_passed_by_all_tokens_but_the_last() -> None:
+    """2 sequences, 2 FLOP a weight, 5 tokens before the last: the last block needs none of them."""
+    model = build(parse(DEEP[-1]), device="meta")  # 3 layers, no pairs
+    weights = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() > 1)
+    before = prefill_costs(model, 2, 6)[-1]
+    assert before == Cost("tokens before", 0, 2 * 2 * (5 + 5) * weights)
+    assert prefill_costs(model, 2, 1)[-1] == Cost("tokens before", 0, 0)
 
 
 def test_a_windows_prompt_counts_the_tokens_in_reach() -> None:

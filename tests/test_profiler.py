@@ -94,6 +94,13 @@ def test_energy_is_the_counters_growth_of_each_repeat() -> None:
     assert timing.energy_j == []
 
 
+@pytest.mark.parametrize(("one_s", "num_samples"), [(0.375, 3), (0.3125, 0)])
+def test_energy_needs_a_second_in_all(one_s: float, num_samples: int) -> None:
+    fake = FakeTime(one_s)
+    timing = timed(fake.run, "cpu", repeats=3, meter=lambda: fake.now_s * 300, clock=fake.clock)
+    assert timing.energy_j == [300 * one_s] * num_samples
+
+
 def test_no_meter_without_a_gpu() -> None:
     assert profiler.energy_meter("cpu") is None
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import measurements, notes, report, store, tables
+from cat_bench import compare, measurements, notes, report, store, tables
 from cat_bench.case import Case, Record
-from cat_bench.columns import EFFICIENCY_COLUMNS, GIB, Column, digits, whole
+from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
 from cat_bench.errors import UserError
 from cat_bench.paper._published import Point
@@ -107,6 +107,35 @@ def test_the_floor_is_held_to_the_best_ceilings_of_the_run(tmp_path) -> None:
         tmp_path, rows=[(reference, rows(4e12)), (case(batch_size=128), rows(3e12))]
     )  # a reference is in no table, but its ceilings count
     assert list(measurements.measured(measurements.frame([run]))["floor_share"]) == [0.375]
+
+
+def test_the_floor_is_lowered_by_the_worse_of_its_ceilings_within_its_own_run(tmp_path) -> None:
+    """Shares 3/4 and 1/2 of the run's best: half of floor / latency = 1/2, whichever was worse."""
+
+    def rows(bandwidth: float, rate: float):
+        def records(key: str) -> list[Record]:
+            return [
+                Record(key, "read_bandwidth_bytes_per_s", bandwidth, "bytes/s"),
+                Record(key, "matmul_flops_per_s", rate, "FLOP/s"),
+                *timed(key, 2.0, 1.0),
+            ]
+
+        return records
+
+    best, low_rate, low_bandwidth = (case(batch_size=size) for size in (16, 64, 128))
+    run = make_run(
+        tmp_path,
+        rows=[
+            (best, rows(4e12, 8e14)),
+            (low_rate, rows(3e12, 4e14)),
+            (low_bandwidth, rows(2e12, 6e14)),
+        ],
+    )
+    faster = make_run(tmp_path, "other", rows=[(best, rows(8e12, 32e14))])
+    rows = measurements.measured(measurements.frame([run, faster]))
+    assert list(rows["floor_share"]) == [0.5, 0.25, 0.25, 0.5]
+    said = " ".join(DEFINITIONS)
+    assert "in the case's own process, lowered by the share by which the worse of them" in said
 
 
 def test_details_show_percentiles_and_chunk_closing_steps_apart(tmp_path) -> None:
@@ -358,6 +387,21 @@ def test_rows_of_one_label_tell_the_settings_that_differ(tmp_path, monkeypatch) 
     assert set(text["architecture"]) == {"Mine"}  # the batch tells them apart
 
 
+def test_of_several_dense_the_first_is_the_reference(tmp_path) -> None:
+    """Of a run's own seeds, or of older runs where it has none: 4 s over 2 s, never 6 s."""
+    first, second, cat = (
+        (case("dense"), lambda key: timed(key, 4.0, 1.0)),
+        (case("dense", seed=1), lambda key: timed(key, 6.0, 1.0)),
+        (case("cat"), lambda key: timed(key, 2.0, 1.0)),
+    )
+    together = [make_run(tmp_path / "one", rows=[first, second, cat])]
+    apart = [make_run(tmp_path / "more", rows=[row]) for row in (first, second, cat)]
+    for runs in (together, apart):
+        rows = measurements.measured(measurements.frame(runs)).set_index("label")
+        assert rows.loc["CAT-8", "speedup"] == 2.0
+        assert rows.loc["CAT-8", "dense_run"] == "0001-fig"
+
+
 def test_two_dense_of_other_sizes_are_no_reference(tmp_path) -> None:
     """Which Dense is meant must not depend on the order in which cases ran."""
     archs = {"dense:width=512": "Dense (width=512)", "dense:width=256": "Dense (width=256)"}
@@ -479,6 +523,34 @@ def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
     assert by_label.loc["CAT-8", "change"] == "2.00x -> 1.00x Dense"
 
 
+def speedup(ratio: float, low: float, high: float) -> pd.Series:
+    ends = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "speedup_n": 10}
+    return pd.Series(ends)
+
+
+@pytest.mark.parametrize(
+    ("b", "factors", "mark"),
+    [
+        ((2.05, 2.05, 2.05), (1.025, 1.025, 1.025), "~"),  # within 3 %
+        ((2.1, 2.1, 2.1), (1.05, 1.05, 1.05), "-"),
+        ((1.9, 1.9, 1.9), (0.95, 0.95, 0.95), "+"),
+        ((1.95, 1.95, 1.95), (0.975, 0.975, 0.975), "~"),
+    ],
+)
+def test_ratios_across_machines_need_the_margin_too(b, factors, mark: str) -> None:
+    found = compare._compare_ratios(speedup(2.0, 2.0, 2.0), speedup(*b))
+    ends = found["factor"], found["factor_low"], found["factor_high"]
+    assert (ends, found["mark"]) == (pytest.approx(factors), mark)
+
+
+def test_ratios_across_machines_divide_by_the_opposite_end() -> None:
+    """By the same end both intervals would lie apart: 2.1 / 1.6 and 2.4 / 2.2 are above 1."""
+    found = compare._compare_ratios(speedup(2.0, 1.6, 2.2), speedup(2.3, 2.1, 2.4))
+    ends = found["factor"], found["factor_low"], found["factor_high"]
+    assert ends == pytest.approx((2.3 / 2.0, 2.1 / 2.2, 2.4 / 1.6))
+    assert found["mark"] == "~"
+
+
 @pytest.mark.parametrize(("n", "mark"), [(3, "~"), (10, "+")])
 def test_ratios_of_three_repeats_give_no_verdict_either(tmp_path, n: int, mark: str) -> None:
     runs = []
@@ -508,14 +580,42 @@ def test_best_needs_a_rival() -> None:
     assert list(made.best["n"]) == [False, True, False]
 
 
-def test_no_best_where_two_runs_are_nearer_than_a_run_may_drift() -> None:
-    columns = [Column("n", ("n",), whole, max)]
-    rows = pd.DataFrame({"label": ["a", "b", "c"], "n": [100.0, 102.0, 50.0]})
-    assert list(tables.table(rows, columns).best["n"]) == [False, True, False]
-    apart = rows.assign(run=["0001-a", "0002-b", "0001-a"])
-    assert not tables.table(apart, columns).best["n"].any()
-    together = rows.assign(run=["0001-a", "0001-a", "0002-b"])
-    assert list(tables.table(together, columns).best["n"]) == [False, True, False]
+def best_of(key: str, values: list[float], runs: str = "aaa", **columns) -> list[bool]:
+    """Which of three rows have the most of `key` in bold."""
+    rows = pd.DataFrame({"label": ["x", "y", "z"], key: values, "run": list(runs), **columns})
+    return list(tables.table(rows, [Column("it", (key,), whole, max)]).best["it"])
+
+
+def test_bytes_are_exact_inside_a_run_and_drift_between_runs() -> None:
+    second, nobody = [False, True, False], [False] * 3
+    assert best_of("peak_bytes", [100.0, 102.0, 50.0]) == second
+    assert best_of("peak_bytes", [100.0, 102.0, 50.0], "aab") == second
+    assert best_of("peak_bytes", [100.0, 102.0, 50.0], "aba") == nobody
+    assert best_of("peak_bytes", [98.0, 102.0, 50.0], "aba") == second
+    assert best_of("peak_bytes", [102.0, 102.0, 50.0]) == [True, True, False]
+
+
+@pytest.mark.parametrize("runs", ["aaa", "aba"])
+def test_a_rate_is_best_only_beyond_the_margin_of_drift(runs: str) -> None:
+    assert best_of("tokens_per_s", [231_680.0, 231_714.0, 95_411.0], runs) == [False] * 3
+    assert best_of("tokens_per_s", [98.0, 100.0, 50.0], runs) == [False] * 3
+    assert best_of("tokens_per_s", [96.0, 100.0, 50.0], runs) == [False, True, False]
+    assert best_of("tokens_per_s", [100.0, 100.0, 50.0], runs) == [False] * 3
+
+
+def test_a_time_is_best_only_where_samples_that_could_tell_it_apart_do() -> None:
+    few, many = ([[90.0, 100.0, 101.0] * n, [80.0, 110.0, 150.0] * n] for n in (1, 3))
+    for samples, expected in ((few, [False, True, False]), (many, [False] * 3)):
+        columns = {"latency_s.samples": [*samples, [50.0] * len(samples[0])]}
+        assert best_of("latency_s", [100.0, 110.0, 50.0], **columns) == expected
+
+
+def test_nobody_is_best_where_some_rows_are_not_ranked() -> None:
+    ranked = {"is_ranked": [True, True, True]}, {"is_ranked": [True, True, False]}
+    assert [best_of("state_bytes", [1.0, 2.0, 3.0], **one) for one in ranked] == [
+        [False, False, True],
+        [False] * 3,
+    ]
 
 
 def test_a_value_under_a_remark_has_a_dagger_and_its_group_no_best(tmp_path) -> None:

@@ -247,6 +247,17 @@ def test_a_report_marks_the_architecture_by_its_worst_shape(tmp_path: Path, loop
     assert ratios["upstream", 1, "ours"] == 0.5 and ratios["upstream", 256, "ours"] is None
 
 
+def test_each_run_is_held_to_its_own_upstream_rows(tmp_path: Path) -> None:
+    """Ours at 2 s and 3 s, theirs at 1 s and 3 s: ratios of 2 and 1."""
+    runs = [
+        a_run(tmp_path, "upstream", {(1, "ours"): timed(ours), (1, "upstream"): timed(theirs)})
+        for ours, theirs in ((2.0, 1.0), (3.0, 3.0))
+    ]
+    rows = measurements.measured(measurements.frame(runs))
+    ours = rows[rows["loop"] == "ours"].set_index("run")["loop_ratio"]
+    assert ours.to_dict() == {"0001-upstream": 2.0, "0002-upstream": 1.0}
+
+
 def test_without_upstream_rows_nothing_changes(tmp_path: Path) -> None:
     made = tables.run_table(a_run(tmp_path, "efficiency", {(1, None): timed(1.0)}))
     assert not any("loop" in title for title in made.text)

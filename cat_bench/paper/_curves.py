@@ -18,7 +18,7 @@ from cat_bench.notes import (
     ranges,
 )
 from cat_bench.paper import _one_run, _published, _settings
-from cat_bench.paper._lacking import lacking
+from cat_bench.paper._lacking import lacking, ranked
 from cat_bench.paper._settings import Content
 from cat_bench.stats import MIN_COVERED
 
@@ -51,6 +51,7 @@ def content(
     says = caption(title, rows, names, scale, panels, [*says_also, *also])
     figure = figures.efficiency_figure(rows, published, axis, says, panels, scale == "smoke")
     listed = _with_d_state(rows) if axis == figures.D_STATE and len(rows) else rows
+    listed = ranked(listed, cases)
     made = (ratio_table(title, listed, names, axis, scale, lacks),) if len(rows) else ()
     details = tables.details_of(listed) if len(rows) else None
     if details is not None:

@@ -11,9 +11,10 @@ import pandas as pd
 
 from cat_bench.case import Case
 from cat_bench.notes import remarks
-from cat_bench.paper import _settings
+from cat_bench.paper import _one_run, _settings
 
 MAX_CHARACTERS = 400
+KNOWN = ("ok", "oom")  # statuses of a case that says how its architecture fares
 WORDS = {"batch_size": "batch", "seq_len": "length", "prompt_len": "prompt"}
 
 
@@ -32,6 +33,18 @@ def lacking(
     """
     name_of = name_of or _by_architecture(names, cases, scale)
     return [*_not_measured(rows, cases, by, name_of), *remarks(rows)]
+
+
+def ranked(rows: pd.DataFrame, cases: Sequence[Case]) -> pd.DataFrame:
+    """`rows` with "is_ranked": False where a planned case of the same batch, length and prompt is
+    missing. Among some of them nobody is known to be best, and tables mark none.
+    """
+    if rows.empty:
+        return rows
+    known = set(rows["case"][rows["status"].isin(KNOWN)])
+    missing = {_one_run.setting_of(case) for case in cases if case.key not in known}
+    settings = rows[_one_run.SETTING].itertuples(index=False, name=None)
+    return rows.assign(is_ranked=[setting not in missing for setting in settings])
 
 
 def _not_measured(

@@ -17,7 +17,7 @@ from cat_bench.case import Case
 from cat_bench.columns import ATTENTION_COLUMNS, ATTENTION_DEFINITIONS
 from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _curves, _lines, _settings
-from cat_bench.paper._lacking import lacking
+from cat_bench.paper._lacking import lacking, ranked
 from cat_bench.paper._settings import Content
 from cat_bench.spec import parse
 
@@ -129,7 +129,9 @@ def _names(scale: str) -> Callable[[Case], str]:
 
 
 def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table:
-    made = tables.table(rows, ATTENTION_COLUMNS, ["batch_size", "seq_len", "label"])
+    made = tables.table(
+        ranked(rows, plan(scale)), ATTENTION_COLUMNS, ["batch_size", "seq_len", "label"]
+    )
     notes = [*ATTENTION_DEFINITIONS, *NOTES, *failures(rows), *lacks]
     notes += foreign_dense(rows)
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []

@@ -32,7 +32,7 @@ from cat_bench.columns import (
 )
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings, fig2, fig3
-from cat_bench.paper._lacking import lacking
+from cat_bench.paper._lacking import lacking, ranked
 from cat_bench.paper._settings import Content
 
 TITLE = "Crossover: who is fastest and who is smallest, where"
@@ -104,7 +104,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         return Content((), figure, None)
     made = [_winners((fastest, smallest), rows, scale, lacks), _crossings(everything, rows)]
     if len(lines):  # the cells of Figures 2 and 3 may be there before any of the lines
-        made.append(_measurements(lines))
+        made.append(_measurements(lines, scale))
     return Content(tuple(made), figure, _plotted(rows))
 
 
@@ -289,8 +289,8 @@ LINE_COLUMNS = (
 )  # fmt: skip
 
 
-def _measurements(lines: pd.DataFrame) -> tables.Table:
-    made = tables.table(lines, LINE_COLUMNS, ["batch_size", "seq_len"])
+def _measurements(lines: pd.DataFrame, scale: str) -> tables.Table:
+    made = tables.table(ranked(lines, at_lengths(scale)), LINE_COLUMNS, ["batch_size", "seq_len"])
     notes = (
         "vs Dense = its median time per step / ours, both of one run.",
         "peak = most reserved by the allocator, the prompt's activations included.",

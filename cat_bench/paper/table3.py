@@ -15,6 +15,8 @@ import pandas as pd
 from cat_bench import figures
 from cat_bench.case import Case
 from cat_bench.columns import faster
+from cat_bench.measurements import is_marked
+from cat_bench.notes import REMARKED
 from cat_bench.paper import _curves, _settings, _tables
 from cat_bench.paper._lacking import lacking
 from cat_bench.paper._settings import Content
@@ -58,8 +60,13 @@ def _ours(rows: pd.DataFrame) -> _tables.Ours:
         found[name, "speedup"] = found[name, "memory_reduction"] = (math.nan, status)
         if status == "ok" and pd.notna(row.get("speedup")):
             shown = faster(row["speedup"], row["speedup_low"], row["speedup_high"])
-            found[name, "speedup"] = (row["speedup"], shown)
+            found[name, "speedup"] = (row["speedup"], shown + _mark(row, "speedup"))
         if status == "ok" and pd.notna(row.get("memory_ratio")):
             ratio = row["memory_ratio"]
-            found[name, "memory_reduction"] = (ratio, f"{ratio:.2f}x")
+            shown = f"{ratio:.2f}x" + _mark(row, "memory_ratio")
+            found[name, "memory_reduction"] = (ratio, shown)
     return found
+
+
+def _mark(row: pd.Series, metric: str) -> str:
+    return REMARKED * is_marked(row, metric)

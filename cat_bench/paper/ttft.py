@@ -18,7 +18,7 @@ from cat_bench.case import Case
 from cat_bench.columns import Column, faster, gib, milliseconds_with_interval, whole
 from cat_bench.notes import failures
 from cat_bench.paper import _curves, _lines, _one_run, _settings
-from cat_bench.paper._lacking import lacking
+from cat_bench.paper._lacking import lacking, ranked
 from cat_bench.paper._settings import Content
 
 TITLE = "Time to first token over the prompt, batch 1"
@@ -98,7 +98,7 @@ COLUMNS = (
 
 
 def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table:
-    made = tables.table(rows, COLUMNS, ["prompt_len"])
+    made = tables.table(ranked(rows, plan(scale)), COLUMNS, ["prompt_len"])
     notes = [
         "TTFT = prefill of the prompt and the choice of the first new token, median. vs Dense, "
         "vs Dense-2D = their median / ours, same prompt, same run, 95 % interval.",
