@@ -308,7 +308,7 @@ def report_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print one table of several runs, in any format."""
+    """Print one table per suite of one or several runs, in any format."""
     from cat_bench import report
     from cat_bench.paper import _published
 

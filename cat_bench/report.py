@@ -28,7 +28,7 @@ from cat_bench.columns import faster
 from cat_bench.environment import machine_line
 from cat_bench.errors import UserError
 from cat_bench.measurements import frame
-from cat_bench.tables import Table, details_table, full_table, records_table
+from cat_bench.tables import Table, details_table, full_table, records_table, suites_of
 
 # A section as report.html.j2 writes it: its text is escaped, so it holds no other </section>.
 SECTION = re.compile(
@@ -89,25 +89,46 @@ def form_of(output: Path | None, asked: str | None) -> str:
 def report_text(runs: Sequence[store.Run], form: str, published: Sequence = ()) -> str:
     """`cat-bench report`: the tables of all runs, in one of FORMATS.
 
-    Scales and devices never share a printed table; in JSON and CSV they are columns.
+    Suites, scales and devices never share a printed table; in JSON and CSV scale and device are
+    columns, in JSON the suite is one, too.
     """
     if form not in FORMATS:
         raise UserError(f"unknown format '{form}'.", f"Available: {', '.join(FORMATS)}.")
     records = frame(runs)
     title = ", ".join(run.name for run in runs)
+    if form == "csv":
+        _check_one_table(title, suites_of(records))
     if form in ("json", "csv"):
         return WRITERS[form](_with_published(replace(full_table(records), title=title), published))
-    tables = []
-    for _, group in records.groupby(["scale", "device_name"], sort=False):
-        tables.append(_with_published(replace(records_table(group), title=title), published))
-        loops = group[group["suite"] == "upstream"]  # of several suites, it has its own table
-        tables += [records_table(loops)] if 0 < len(loops) < len(group) else []
-        details = details_table(group)
-        tables += [] if details is None else [details]
+    tables = _report_tables(records, title, published)
     if form == "html":
         section = Section(title, tables=tuple(tables))
         return html_page("cat-bench report", [section], [run.environment for run in runs])
-    return "\n".join(WRITERS[form](each) for each in tables)
+    return ("\n\n" if form == "table" else "\n").join(WRITERS[form](each) for each in tables)
+
+
+def _check_one_table(title: str, suites: list[str]) -> None:
+    if not suites:
+        raise UserError(f"{title}: no case is closed yet.", "cat-bench run --resume RUN")
+    if len(suites) > 1:
+        raise UserError(
+            f"CSV holds one table, but {title} are of the suites {', '.join(suites)}.",
+            "Give runs of one suite, or another --format.",
+        )
+
+
+def _report_tables(records: pd.DataFrame, title: str, published: Sequence) -> list[Table]:
+    """One per scale, device and suite, each with its table of steps."""
+    several = len(suites_of(records)) > 1
+    tables = []
+    for _, group in records.groupby(["scale", "device_name"], sort=False):
+        for suite in suites_of(group):
+            named = f"{title}: suite {suite}" if several else title
+            made = replace(records_table(group, suite), title=named)
+            tables.append(_with_published(made, published if suite == "efficiency" else ()))
+            details = details_table(group[group["suite"] == suite])
+            tables += [] if details is None else [details]
+    return tables or [replace(records_table(records), title=title)]
 
 
 def _with_published(made: Table, points: Sequence) -> Table:

@@ -315,6 +315,52 @@ def test_a_report_never_mixes_scales_or_devices_in_one_table(tmp_path) -> None:
     }  # fmt: skip
 
 
+def two_suites(folder: Path) -> list[store.Run]:
+    """A run of suite efficiency and one of suite training."""
+    trained = replace(case("dense"), suite="training", prompt_len=0)
+
+    def steps(key: str) -> list[Record]:
+        step = Record(key, "train_step_s", 0.5, "s", [0.5] * 5)
+        return [step, Record(key, "mfu", 0.4, "1"), *closed(key, "ok")]
+
+    return [make_run(folder), make_run(folder, "training", rows=[(trained, steps)])]
+
+
+def test_a_report_has_one_table_per_suite(tmp_path) -> None:
+    runs = two_suites(tmp_path)
+    text = report.report_text(runs, "table")
+    first, second = (normal(part) for part in text.split("\n\n"))
+    assert first[0] == "0001-fig, 0002-training: suite efficiency"
+    assert "tok/s peak GiB state GiB" in first[2] and "MFU" not in first[2]
+    assert second[0] == "0001-fig, 0002-training: suite training"
+    assert "step s [95 % CI]" in second[2] and "MFU" in second[2] and "GiB" not in second[2]
+    for form, mark in (("markdown", "|:--"), ("latex", r"\toprule"), ("html", "<table>")):
+        assert report.report_text(runs, form).count(mark) == 2
+    suites = [row["suite"] for row in json.loads(report.report_text(runs, "json"))["rows"]]
+    assert sorted(suites) == ["efficiency"] * 3 + ["training"]
+    with pytest.raises(UserError, match="CSV holds one table, .* suites efficiency, training"):
+        report.report_text(runs, "csv")
+
+
+def test_compare_recommends_one_table_only_of_one_suite(tmp_path) -> None:
+    for other, hint in (("efficiency", "cat-bench report A B"), ("training", "of one suite")):
+        runs = two_suites(tmp_path / other)
+        if other == "efficiency":
+            rows = [(case("dense", 1), lambda key: timed(key, 1.0, 1.0))]
+            runs[1] = make_run(tmp_path / other, rows=rows)
+        with pytest.raises(UserError) as error:
+            compare_table(*runs)
+        assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "latex", "html", "json"])
+def test_a_report_of_nothing_says_so(tmp_path, form: str) -> None:
+    run = make_run(tmp_path, rows=[(case("dense"), None)])
+    assert "No case is closed yet." in report.report_text([run], form)
+    with pytest.raises(UserError, match="no case is closed yet"):
+        report.report_text([run], "csv")
+
+
 def test_a_users_file_labelled_dense_is_no_reference(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(LABELS, "mine.py", "Dense")
     rows = [
@@ -459,6 +505,8 @@ def test_newly_failing_and_missing_cases(tmp_path) -> None:
     assert marks == {("Dense", "256"): "!"}
     assert made.num_worse == 1
     assert "3 cases are in one of the runs only." in made.notes[0]
+    made = compare_table(a, make_run(tmp_path, "c", rows=rows[:1] + [(case("cat"), rows[0][1])]))
+    assert "1 case is in one of the runs only." in made.notes[0]
 
 
 def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:
