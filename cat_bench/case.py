@@ -82,7 +82,7 @@ class Options:
     device: str = "cpu"
     seeds: tuple[int, ...] = (0,)
     decode_path: str | None = None  # default: each architecture's fastest on cuda, eager on cpu
-    forward_path: str | None = None  # default: the suite's rule; eager where nothing is trained
+    forward_path: str | None = None  # suite training; default: its rule
     step_path: str | None = None  # suite training; default: by the forward path
     activation_checkpointing: bool = False  # suite training
     implementations: tuple[str, ...] | None = None  # suite attention; default: all that it has

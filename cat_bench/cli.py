@@ -151,7 +151,9 @@ def run(
     device: Device = None,
     seed: Annotated[str, typer.Option(help="0,1,2")] = "0",
     decode_path: Annotated[str | None, typer.Option(help="eager, cuda_graph, ...")] = None,
-    forward_path: Annotated[str | None, typer.Option(help="eager, compile, ...")] = None,
+    forward_path: Annotated[
+        str | None, typer.Option(help="Suite training: eager, compile, ...")
+    ] = None,
     step_path: Annotated[
         str | None, typer.Option(help="Suite training: eager, cuda_graph.")
     ] = None,
