@@ -268,6 +268,46 @@ def test_a_broken_line_in_the_middle_names_file_and_line(run: Run, broken: bytes
     assert content(run.path) == before
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("value", "x", "value is 'x', expected a number or null"),
+        ("samples", "abc", "samples is 'abc', expected a list of numbers"),
+        ("samples", [1.0, "x"], "samples hold 'x', expected a list of numbers"),
+        ("status", None, "status is None, expected a text"),
+        ("case", ["a"], "expected a text"),
+    ],
+)
+def test_a_value_of_another_type_names_file_and_line(
+    run: Run, field: str, value: object, words: str
+):
+    run.append(rows())
+    path = run.path / "records.jsonl"
+    first, *rest = path.read_text().splitlines()
+    lines = [json.dumps({**json.loads(first), field: value}), *rest]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"records\.jsonl, line 1 is not a row: .*{words}"):
+        store.frame([run])
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (None, "is None, expected an object"),
+        ({"label": "x", "config": "width"}, "config 'width', expected an object"),
+        ({"label": 5, "config": {}}, "label 5, expected a text"),
+    ],
+)
+def test_a_plan_that_resolved_to_something_else_is_refused(run: Run, entry: object, words: str):
+    path = run.path / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["resolved"][CASE.key] = entry
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=rf"plan\.json .*{CASE.key} .*{words}") as caught:
+        store.frame([run])
+    assert caught.value.hint
+
+
 @pytest.mark.parametrize("schema, words", [(99, "newer cat-bench: schema 99"), ("1", "'1'")])
 def test_a_row_of_another_schema_is_refused(run: Run, schema: object, words: str):
     run.append(rows())
