@@ -128,8 +128,7 @@ def list_(
         raise UserError(f"cannot list '{what}'.", f"It is one of: {', '.join(listing.KINDS)}.")
     if arch and what not in (None, "architectures"):
         raise UserError(f"-a chooses architectures, but got '{what}'.", "Drop one of them.")
-    if results.exists() and not results.is_dir():
-        raise UserError(f"--results {results} is a file.", "Give the folder that holds the runs.")
+    store.check_folder(results)
     what = "architectures" if arch else what
     kinds = listing.KINDS if what is None else (what,)
     found = {kind: listing.entries(kind, results, arch or ()) for kind in kinds}
@@ -395,8 +394,9 @@ def paper(
     wanted = exhibit is not None and (run_missing or dry_run or scale == "smoke")
     if gpu and not dry_run:
         raise UserError("--gpu only predicts.", "Add --dry-run, or drop --gpu.")
-    if dry_run and exhibit is None:
-        raise UserError("--dry-run needs an exhibit.", "Example: cat-bench paper fig2 --dry-run")
+    for flag, given in (("--dry-run", dry_run), ("--run", run_missing)):
+        if given and exhibit is None:
+            raise UserError(f"{flag} needs an exhibit.", f"Example: cat-bench paper fig2 {flag}")
     limits = (only, batch_size, seq_len, implementation, repeats)
     if not wanted and any(limit is not None for limit in limits):
         raise UserError(

@@ -36,7 +36,7 @@ SECTION = re.compile(
     re.DOTALL,
 )
 FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
-FORMAT_OF = {  # a file's ending -> what it must hold; any other ending may hold anything
+FORMAT_OF = {  # a file's ending -> what it must hold
     ".json": "json",
     ".csv": "csv",
     ".md": "markdown",
@@ -45,6 +45,7 @@ FORMAT_OF = {  # a file's ending -> what it must hold; any other ending may hold
     ".html": "html",
     ".htm": "html",
 }
+ANY_FORMAT = ("", ".txt")  # endings that may hold whatever is asked for
 
 
 def case_text(run: store.Run, key: str) -> str:
@@ -77,7 +78,13 @@ def _dict_lines(values: dict) -> list[str]:
 
 def form_of(output: Path | None, asked: str | None) -> str:
     """The one of FORMATS that is asked for, else that of the file's ending, else "table"."""
-    told = FORMAT_OF.get(output.suffix.lower()) if output else None
+    ending = output.suffix.lower() if output else ""
+    told = FORMAT_OF.get(ending)
+    if told is None and ending not in ANY_FORMAT:
+        raise UserError(
+            f"{output} has the ending {ending}, which no format of a report has.",
+            f"Known endings: {', '.join([*FORMAT_OF, '.txt'])}.",
+        )
     if asked and told and asked != told:
         raise UserError(
             f"{output} must hold {told} by its ending, but the format asked for is {asked}.",

@@ -66,6 +66,7 @@ class Run:
         resolved: Mapping[str, dict] | None = None,
     ) -> "Run":
         """A new folder under `results` with the next free number: 0004-name."""
+        check_folder(results)
         with _explained(results, "write"):
             results.mkdir(parents=True, exist_ok=True)
             path = _new_folder(results, sanitised(name))
@@ -147,7 +148,7 @@ class Run:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.path / 'plan.json'} holds a case that this version cannot read: {error}",
-                "Restore the file, or use the version that wrote it (environment.json has its commit).",
+                "Restore it, or use the version that wrote it: environment.json has its commit.",
             ) from error
 
     def resolved(self) -> dict[str, dict]:
@@ -199,6 +200,7 @@ def frame(runs: Sequence[Run], open_cases: bool = False) -> "pd.DataFrame":
 
 def find(results: Path, text: str) -> Run:
     """The run that `text` means: folder name, number, name, or path. UserError names near ones."""
+    check_folder(results)
     paths = folders(results)
     matches = [path for path in paths if text in (path.name, _given_name(path))]
     if text.isdecimal():
@@ -211,6 +213,12 @@ def find(results: Path, text: str) -> Run:
     if text and Path(text).is_dir():
         return Run.open(Path(text))
     raise _no_such_run(results, text, paths)
+
+
+def check_folder(results: Path) -> None:
+    """Raises UserError where the folder of all runs is something else."""
+    if results.exists() and not results.is_dir():
+        raise UserError(f"--results {results} is a file.", "Give the folder that holds the runs.")
 
 
 def folders(results: Path) -> list[Path]:

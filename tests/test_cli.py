@@ -254,6 +254,12 @@ def test_a_file_under_two_names_is_one_or_refused(
     [
         (["run"], ["run needs a suite"]),
         (["list", "runs", "--results", __file__], ["test_cli.py is a file", "Give the folder"]),
+        (
+            ["run", *TINY_RUN, "--results", __file__],
+            ["test_cli.py is a file", "Give the folder"],
+        ),
+        (["show", "1", "--results", __file__], ["test_cli.py is a file", "Give the folder"]),
+        (["run", "efficiency", "-a", "dense", "--seed", "x"], ["Example: --seed 0,1,2"]),
         (["run", "eficiency"], ["unknown suite 'eficiency'. Did you mean: efficiency?"]),
         (["run", "--resume", "none"], ["no run 'none'"]),
         (["show", "7"], ["no run '7'", "cat-bench run"]),
@@ -266,6 +272,9 @@ def test_a_file_under_two_names_is_one_or_refused(
         (["paper", "fig2,fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2", "--run", "--only", "dens"], ["unknown architecture 'dens'"]),
         (["paper", "fig2", "--only", "dense"], ["say what is measured; nothing is.", "Add --run"]),
+        (["paper", "--run"], ["--run needs an exhibit", "cat-bench paper fig2 --run"]),
+        (["paper", "--run", "--only", "dense"], ["--run needs an exhibit"]),
+        (["paper", "--dry-run"], ["--dry-run needs an exhibit", "cat-bench paper fig2 --dry-run"]),
         (["paper", "--scale", "huge"], ["unknown scale 'huge'", "smoke, h100, paper"]),
     ],
 )
@@ -486,6 +495,21 @@ def test_the_command_that_resumes_a_run_works_as_it_is_printed(
     assert program == "cat-bench"
     resumed = cat_bench(*arguments)
     assert resumed.code == 0 and str(Path(folder, "0001-first")) in resumed.err  # "kept: ..."
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "timed_out", "suggested"),
+    [(0.01, 1, ""), (3600.0, 1, "--timeout 7200"), (5000.0, 1, "--timeout 10000"),
+     (60.0, 0, "--timeout 60")],
+)  # fmt: skip
+def test_after_a_timeout_a_longer_one_is_suggested(
+    one_run: Path, capsys: pytest.CaptureFixture, timeout_s: float, timed_out: int, suggested: str
+):
+    summary = runner.Summary(failed=1, timed_out=timed_out)
+    with pytest.raises(measuring.typer.Exit):
+        measuring.exit_after(store.Run.open(one_run), summary, timeout_s)
+    again = capsys.readouterr().err.split("Again: ")[1]
+    assert suggested in again and ("--timeout" in again) == bool(suggested)
 
 
 def a_case(arch: str, **settings: str) -> Case:
@@ -821,6 +845,14 @@ def test_a_report_has_the_format_of_its_ending(
     other = ("--format", "latex") if ending != ".tex" else ("--json",)
     path.unlink()
     refused(cat_bench("report", "1", *other, "-o", path), f"report{ending} must hold ", "asked for")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--format", "latex"), ("--json",)])
+def test_a_report_of_an_unknown_ending_is_refused(cat_bench: Cli, one_run: Path, flags: tuple):
+    path = one_run.parent / "report.pdf"
+    answer = cat_bench("report", "1", *flags, "-o", path)
+    refused(answer, "has the ending .pdf, which no format", "Known endings: .json, .csv, .md,")
     assert not path.exists()
 
 
