@@ -195,6 +195,8 @@ def run(
         retried = measuring.retried(retry)
         _measure(measuring.resumed(results, resume, retried), retried, timeout, as_json)
         return
+    if name is not None:
+        store.check_name(name)
     options = Options(
         batch_sizes=planning.counts("--batch-size", batch_size),
         seq_lens=planning.counts("--seq-len", seq_len),

@@ -199,7 +199,9 @@ def frame(runs: Sequence[Run], open_cases: bool = False) -> "pd.DataFrame":
 
 
 def find(results: Path, text: str) -> Run:
-    """The run that `text` means: folder name, number, name, or path. UserError names near ones."""
+    """The run that `text` means: folder name, number, name, or path, from here or from `results`;
+    ab/7 is run 7 of its subfolder ab. UserError names near ones.
+    """
     check_folder(results)
     paths = folders(results)
     matches = [path for path in paths if text in (path.name, _given_name(path))]
@@ -212,6 +214,9 @@ def find(results: Path, text: str) -> Run:
         return Run.open(matches[0])
     if text and Path(text).is_dir():
         return Run.open(Path(text))
+    path = Path(text)
+    if path.parent != Path() and (results / path.parent).is_dir():
+        return find(results / path.parent, path.name)
     raise _no_such_run(results, text, paths)
 
 
@@ -228,6 +233,20 @@ def folders(results: Path) -> list[Path]:
     with _explained(results, "read"):
         paths = [path for path in results.iterdir() if path.is_dir() and _number(path) is not None]
     return sorted(paths, key=lambda path: (_number(path), path.name))
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name of a run by which it would not be found."""
+    if name.isdecimal():
+        raise UserError(
+            f"--name {name} would mean the run of that number.", f"Example: --name run-{name}"
+        )
+    if name != sanitised(name):
+        raise UserError(
+            f"--name '{name}' cannot be a folder's name: it may hold 60 letters, digits, '.', '_' "
+            "and '-', and neither starts nor ends with '.' or '-'.",
+            f"Example: --name {sanitised(name)}",
+        )
 
 
 def sanitised(name: str) -> str:

@@ -166,6 +166,9 @@ def refused(answer: Answer, *parts: str) -> None:
             "-a dense --gpu T4 --device cuda --dry-run",
             ["--gpu 'T4' is unknown", "H100, H200, A100"],
         ),
+        ("-a dense --quick --name 0001", ["--name 0001 would mean the run of that number"]),
+        ("-a dense --quick --name ../x", ["'../x' cannot be a folder's name", "--name x"]),
+        ("-a dense --quick --name=", ["--name '' cannot be a folder's name"]),
         ("-a no/such/file.py", ["no architecture file at 'no/such/file.py'"]),
         ("", ["no architecture was given"]),
     ],
@@ -750,8 +753,12 @@ def test_paper_makes_no_run_where_no_missing_case_is_asked_for(
     cat_bench: Cli, results_folder: Path
 ):
     answer = cat_bench("paper", "fig5", "--run", "--only", "mamba2")
-    assert answer.code == 0 and "none of the 28 missing cases" in answer.err
+    assert answer.code == 0 and "missing: 28 cases of dense, cat, cat:" in answer.err
     assert not list(results_folder.glob("0*"))
+    answer = cat_bench("paper", "fig7", "--run", "--only", "cat-8")
+    assert "based:window_cache=max_len" in answer.err  # what --only has to name
+    answer = cat_bench("paper", "fig2", "--run", "--only", "cat:chunk_size=64")
+    assert re.search(r"of (\S+, ){4}\S+ and \d+ more\.$", answer.err, re.MULTILINE)
 
 
 def test_paper_dry_run_prints_what_run_would_measure(

@@ -380,8 +380,10 @@ def test_no_such_folder(tmp_path: Path):
 
 def test_a_refused_write_is_a_sentence(tmp_path: Path, run: Run):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="file is a file"):
         Run.create(tmp_path / "file", "x", {})
+    with pytest.raises(UserError, match="cannot write"):
+        Run.create(tmp_path / "file" / "below", "x", {})
     (run.path / "records.jsonl").unlink(missing_ok=True)
     (run.path / "records.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot read .*records\.jsonl: Is a directory"):
@@ -553,6 +555,16 @@ def test_find(results: Path, text: str, folder: str):
 def test_find_by_path(results: Path):
     assert store.find(results, f"{results}/0002-fig3/").name == "0002-fig3"
     assert store.find(results.parent / "elsewhere", str(results / "0002-fig3")).name == "0002-fig3"
+
+
+@pytest.mark.parametrize("text", ["ab/0001-before", "ab/0001-before/", "ab/0001", "ab/before"])
+def test_find_below_a_subfolder(results: Path, text: str):
+    Run.create(results / "ab", "before", {})
+    assert store.find(results, text).path == results / "ab" / "0001-before"
+    with pytest.raises(UserError, match="no run '9' in .*ab"):
+        store.find(results, "ab/9")
+    with pytest.raises(UserError, match="no run 'none/9'"):
+        store.find(results, "none/9")
 
 
 def test_find_refuses_to_guess(results: Path):
