@@ -22,11 +22,13 @@ from cat_bench.columns import (
     DETAIL_COLUMNS,
     DETAIL_DEFINITIONS,
     KINDS,
+    LOOP_COLUMN,
     LOOP_DEFINITION,
     OTHER_COLUMNS,
     PERCENTILES,
     UPSTREAM_COLUMNS,
     Column,
+    defined,
     digits,
     whole,
 )
@@ -110,8 +112,8 @@ def records_table(records: pd.DataFrame, suite: str | None = None) -> Table:
         rows = rows.sort_values("seq_len", kind="stable")
     made = table(rows, (*_distinguishing(rows), *columns), by)
     notes = (
-        *definitions,
-        *((LOOP_DEFINITION,) if "loop_ratio" in rows else ()),
+        *defined(definitions, made.text),
+        *((LOOP_DEFINITION,) if LOOP_COLUMN.title in made.text else ()),
         *configurations(rows),
         *failures(rows),
         *foreign_dense(rows),
@@ -197,7 +199,7 @@ def details_of(rows: pd.DataFrame) -> Table | None:
     several = rows["prompt_len"].nunique() > 1
     prompt = (Column("prompt", ("prompt_len",), whole),) if several else ()
     made = table(_with_step_statistics(dense_first(rows)), (*prompt, *DETAIL_COLUMNS))
-    return replace(made, notes=DETAIL_DEFINITIONS, suffix="steps")
+    return replace(made, notes=defined(DETAIL_DEFINITIONS, made.text), suffix="steps")
 
 
 def _has_generated(rows: pd.DataFrame) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import measurements, notes, report, store, tables
+from cat_bench import columns, measurements, notes, report, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.columns import EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
@@ -149,6 +149,27 @@ def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
     assert "failed" in made.text.iloc[0].to_list()
 
 
+def test_only_shown_columns_are_defined(tmp_path) -> None:
+    rows = [(case("dense"), lambda key: closed(key, "failed", "no"))]
+    definition, failure = tables.run_table(make_run(tmp_path, rows=rows)).notes
+    assert definition == "latency = median time of a whole generation, prefill included."
+    assert failure.startswith("failed: ")
+
+    def with_first_token(key: str) -> list[Record]:
+        return [Record(key, "ttft_s", 0.01, "s", [0.01] * 5), *timed(key, 2.0, 1.0)]
+
+    run = make_run(tmp_path, rows=[(case("dense"), with_first_token)])
+    details = tables.details_table(measurements.frame([run]))
+    assert details is not None and details.notes == ("TTFT = prefill and first token.",)
+    for lines, table_columns in (
+        (columns.DETAIL_DEFINITIONS, columns.DETAIL_COLUMNS),
+        *((lines, shown) for shown, lines in columns.KINDS.values()),
+    ):
+        titles = {column.title for column in table_columns}
+        assert all({*needed} <= titles for line in lines for needed in line.values())
+        assert columns.defined(lines, titles) == columns.defined(lines)
+
+
 def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> None:
     run = make_run(tmp_path)
     remark = {"text": "Old peak.", "architectures": ["CAT-8"], "metrics": ["peak_reserved_bytes"]}
@@ -233,8 +254,8 @@ def test_json_and_csv_hold_si_units(tmp_path) -> None:
 
 
 def test_markdown_golden(tmp_path) -> None:
-    columns = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
-    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
+    shown = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
+    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), shown)
     lines = normal(report.as_markdown(made))
     assert re.sub("-+", "-", lines.pop(1)) == "|:-|-:|-:|-:|"
     assert lines == [
@@ -246,8 +267,8 @@ def test_markdown_golden(tmp_path) -> None:
 
 
 def test_latex_golden(tmp_path) -> None:
-    columns = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
-    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
+    shown = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
+    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), shown)
     assert report.as_latex(made).strip().splitlines() == [
         r"\begin{tabular}{lrrr}",
         r"\toprule",
@@ -555,13 +576,13 @@ def test_best_needs_a_rival() -> None:
 
 
 def test_no_best_where_two_runs_are_nearer_than_a_run_may_drift() -> None:
-    columns = [Column("n", ("n",), whole, max)]
+    shown = [Column("n", ("n",), whole, max)]
     rows = pd.DataFrame({"label": ["a", "b", "c"], "n": [100.0, 102.0, 50.0]})
-    assert list(tables.table(rows, columns).best["n"]) == [False, True, False]
+    assert list(tables.table(rows, shown).best["n"]) == [False, True, False]
     apart = rows.assign(run=["0001-a", "0002-b", "0001-a"])
-    assert not tables.table(apart, columns).best["n"].any()
+    assert not tables.table(apart, shown).best["n"].any()
     together = rows.assign(run=["0001-a", "0001-a", "0002-b"])
-    assert list(tables.table(together, columns).best["n"]) == [False, True, False]
+    assert list(tables.table(together, shown).best["n"]) == [False, True, False]
 
 
 def test_a_value_under_a_remark_has_a_dagger_and_its_group_no_best(tmp_path) -> None:
