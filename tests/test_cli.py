@@ -261,6 +261,7 @@ def test_a_file_under_two_names_is_one_or_refused(
             ["run", *TINY_RUN, "--results", __file__],
             ["test_cli.py is a file", "Give the folder"],
         ),
+        (["paper", "fig4", "--results", __file__], ["test_cli.py is a file"]),
         (["show", "1", "--results", __file__], ["test_cli.py is a file", "Give the folder"]),
         (["run", "efficiency", "-a", "dense", "--seed", "x"], ["Example: --seed 0,1,2"]),
         (["run", "eficiency"], ["unknown suite 'eficiency'. Did you mean: efficiency?"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import columns, measurements, notes, report, store, tables
+from cat_bench import columns, measurements, notes, printing, report, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.columns import EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
@@ -361,6 +361,22 @@ def test_a_report_has_one_table_per_suite(tmp_path) -> None:
     assert sorted(suites) == ["efficiency"] * 3 + ["training"]
     with pytest.raises(UserError, match="CSV holds one table, .* suites efficiency, training"):
         report.report_text(runs, "csv")
+
+
+def test_show_prints_each_suite_of_a_run(tmp_path, capsys) -> None:
+    cases = [case("dense"), replace(case("dense"), suite="training", prompt_len=0)]
+    ends = ("oom", "failed")
+    rows = [(c, partial(closed, status=end)) for c, end in zip(cases, ends, strict=True)]
+    run = make_run(tmp_path, rows=rows)
+    printing.print_run(run, as_json=False)
+    first, second = (normal(part) for part in capsys.readouterr().out.split("\n\n"))
+    assert "latency s [95 % CI]" in first[2] and "oom" in first[3]
+    assert "step s [95 % CI]" in second[2] and "failed" in second[3]
+    printing.print_run(run, as_json=True)
+    shown = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["suite"], row["status"]) for row in shown} == {
+        ("efficiency", "oom"), ("training", "failed"),
+    }  # fmt: skip
 
 
 def test_compare_recommends_one_table_only_of_one_suite(tmp_path) -> None:
