@@ -5,11 +5,12 @@ Plain frozen dataclasses without torch: plans and reports work on any laptop. Un
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
 
 Status = Literal["ok", "oom", "unsupported", "failed"]
+WHOLE_NUMBERS = ("batch_size", "prompt_len", "seq_len", "seed")  # of Case; the others are texts
 DEFAULT_TIMEOUT_S = 3600.0  # that one case may take
 
 
@@ -49,10 +50,18 @@ class Case:
         return replace(self, settings=tuple(sorted(others + asked)))
 
     @classmethod
-    def from_dict(cls, fields: dict) -> "Case":
-        """The inverse of `dataclasses.asdict`, also after a trip through JSON."""
-        settings = tuple((str(k), str(v)) for k, v in fields["settings"])
-        return cls(**{**fields, "settings": settings})
+    def from_dict(cls, values: dict) -> "Case":
+        """The inverse of `dataclasses.asdict`, also after a trip through JSON.
+
+        Raises KeyError, TypeError or ValueError for what is no case.
+        """
+        for name in (one.name for one in fields(cls) if one.name in values):
+            kind, words = (int, "a whole number") if name in WHOLE_NUMBERS else (str, "a text")
+            empty = name == "protocol" and values[name] is None
+            if name != "settings" and not empty and type(values[name]) is not kind:
+                raise ValueError(f"{name} is {values[name]!r}, expected {words}")
+        settings = tuple((str(k), str(v)) for k, v in values["settings"])
+        return cls(**{**values, "settings": settings})
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Options:
     device: str = "cpu"
     seeds: tuple[int, ...] = (0,)
     decode_path: str | None = None  # default: each architecture's fastest on cuda, eager on cpu
-    forward_path: str | None = None  # default: the suite's rule; eager where nothing is trained
+    forward_path: str | None = None  # suite training; default: its rule
     step_path: str | None = None  # suite training; default: by the forward path
     activation_checkpointing: bool = False  # suite training
     implementations: tuple[str, ...] | None = None  # suite attention; default: all that it has

@@ -128,8 +128,7 @@ def list_(
         raise UserError(f"cannot list '{what}'.", f"It is one of: {', '.join(listing.KINDS)}.")
     if arch and what not in (None, "architectures"):
         raise UserError(f"-a chooses architectures, but got '{what}'.", "Drop one of them.")
-    if results.exists() and not results.is_dir():
-        raise UserError(f"--results {results} is a file.", "Give the folder that holds the runs.")
+    store.check_folder(results)
     what = "architectures" if arch else what
     kinds = listing.KINDS if what is None else (what,)
     found = {kind: listing.entries(kind, results, arch or ()) for kind in kinds}
@@ -151,7 +150,9 @@ def run(
     device: Device = None,
     seed: Annotated[str, typer.Option(help="0,1,2")] = "0",
     decode_path: Annotated[str | None, typer.Option(help="eager, cuda_graph, ...")] = None,
-    forward_path: Annotated[str | None, typer.Option(help="eager, compile, ...")] = None,
+    forward_path: Annotated[
+        str | None, typer.Option(help="Suite training: eager, compile, ...")
+    ] = None,
     step_path: Annotated[
         str | None, typer.Option(help="Suite training: eager, cuda_graph.")
     ] = None,
@@ -194,6 +195,8 @@ def run(
         retried = measuring.retried(retry)
         _measure(measuring.resumed(results, resume, retried), retried, timeout, as_json)
         return
+    if name is not None:
+        store.check_name(name)
     options = Options(
         batch_sizes=planning.counts("--batch-size", batch_size),
         seq_lens=planning.counts("--seq-len", seq_len),
@@ -308,7 +311,7 @@ def report_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print one table of several runs, in any format."""
+    """Print one table per suite of one or several runs, in any format."""
     from cat_bench import report
     from cat_bench.paper import _published
 
@@ -393,8 +396,9 @@ def paper(
     wanted = exhibit is not None and (run_missing or dry_run or scale == "smoke")
     if gpu and not dry_run:
         raise UserError("--gpu only predicts.", "Add --dry-run, or drop --gpu.")
-    if dry_run and exhibit is None:
-        raise UserError("--dry-run needs an exhibit.", "Example: cat-bench paper fig2 --dry-run")
+    for flag, given in (("--dry-run", dry_run), ("--run", run_missing)):
+        if given and exhibit is None:
+            raise UserError(f"{flag} needs an exhibit.", f"Example: cat-bench paper fig2 {flag}")
     limits = (only, batch_size, seq_len, implementation, repeats)
     if not wanted and any(limit is not None for limit in limits):
         raise UserError(

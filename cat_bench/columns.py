@@ -5,7 +5,7 @@ hold SI units; GiB, ms and % appear only here, where values are written.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import pandas as pd
@@ -24,6 +24,25 @@ class Column(NamedTuple):
     keys: tuple[str, ...]
     write: Callable[..., str]
     best: Callable[[pd.Series], float] | None = None  # min or max of the first key is set in bold
+
+
+# Lines of sentences, each with the columns that it is about: it stands where one of them is shown,
+# or always where none is named.
+Definitions = tuple[dict[str, tuple[str, ...]], ...]
+RATIOS = ("vs Dense", "vs Dense-2D")
+
+
+def defined(lines: Definitions, shown: Collection[str] | None = None) -> tuple[str, ...]:
+    """What stands under a table of the columns `shown`; None: all lines as they are."""
+    kept = [
+        [
+            text
+            for text, titles in line.items()
+            if shown is None or not titles or {*titles} & {*shown}
+        ]
+        for line in lines
+    ]
+    return tuple(" ".join(texts).rstrip(";.") + "." for texts in kept if texts)
 
 
 # Writing single values
@@ -119,15 +138,27 @@ EFFICIENCY_COLUMNS = (
     Column("n", ("n",), whole),
     Column("params M (non-emb.)", ("num_params", "num_params_non_embedding"), millions),
 )
-DEFINITIONS = (
-    "latency = median time of a whole generation, prefill included; tok/s = batch x new tokens / "
-    "decode time; n = repeats.",
-    "peak = max reserved by the allocator, captured graphs included (CPU: resident set, with the "
-    "interpreter). state = by formula.",
-    "vs Dense, vs Dense-2D = their median latency / median latency, same setting, 95 % interval.",
-    "floor = least time by bytes and FLOPs at the ceilings measured in the case's own process, "
-    "lowered by the share by which the worse of them is below the best of the run; % of floor = "
-    "floor / latency: none is too high, one bound by memory alone may be some points too low.",
+DEFINITIONS: Definitions = (
+    {
+        "latency = median time of a whole generation, prefill included;": (),
+        "tok/s = batch x new tokens / decode time;": ("tok/s",),
+        "n = repeats.": ("n",),
+    },
+    {
+        "peak = max reserved by the allocator, captured graphs included (CPU: resident set, with "
+        "the interpreter).": ("peak GiB",),
+        "state = by formula.": ("state GiB",),
+    },
+    {
+        "vs Dense, vs Dense-2D = their median latency / median latency, same setting, 95 % "
+        "interval.": RATIOS,
+    },
+    {
+        "floor = least time by bytes and FLOPs at the ceilings measured in the case's own process, "
+        "lowered by the share by which the worse of them is below the best of the run; % of floor "
+        "= floor / latency: none is too high, one bound by memory alone may be some points too "
+        "low.": ("% of floor",),
+    },
 )
 
 TRAINING_COLUMNS = (
@@ -149,13 +180,29 @@ TRAINING_COLUMNS = (
     Column("capture s", ("capture_s",), digits),
     EFFICIENCY_COLUMNS[-1],
 )
-TRAINING_DEFINITIONS = (
-    "step = forward, loss, backward, clipping, AdamW; tok/s = batch x length / step.",
-    "n = repeats. first step = with all compiling; capture (GPU) = of a step's CUDA graphs, once.",
-    "peak = max reserved by the allocator in a step (CPU: resident set, with the interpreter).",
-    "TFLOP = useful ones of a step: 3 x the forward pass by formula. MFU = over the datasheet's "
-    "bfloat16 rate; % of matmul = over the matmul rate measured in the same process.",
-    "vs Dense, vs Dense-2D = their median step / median step, same setting, 95 % interval.",
+TRAINING_DEFINITIONS: Definitions = (
+    {
+        "step = forward, loss, backward, clipping, AdamW;": (),
+        "tok/s = batch x length / step.": ("trained tok/s",),
+    },
+    {
+        "n = repeats.": ("n",),
+        "first step = with all compiling;": ("first step s",),
+        "capture (GPU) = of a step's CUDA graphs, once.": ("capture s",),
+    },
+    {
+        "peak = max reserved by the allocator in a step (CPU: resident set, with the "
+        "interpreter).": ("peak GiB",),
+    },
+    {
+        "TFLOP = useful ones of a step: 3 x the forward pass by formula.": ("TFLOP",),
+        "MFU = over the datasheet's bfloat16 rate;": ("MFU",),
+        "% of matmul = over the matmul rate measured in the same process.": ("% of matmul",),
+    },
+    {
+        "vs Dense, vs Dense-2D = their median step / median step, same setting, 95 % "
+        "interval.": RATIOS,
+    },
 )
 
 ATTENTION_COLUMNS = (
@@ -174,12 +221,21 @@ ATTENTION_COLUMNS = (
     Column("vs Dense-2D", ("speedup_2d", "speedup_2d_low", "speedup_2d_high"), faster),
     Column("n", ("n",), whole),
 )  # fmt: skip
-ATTENTION_DEFINITIONS = (
-    "Attention alone, of one layer, median of n; forward without gradients; TFLOP/s = of forward / "
-    "of forward + backward, useful pairs only.",
-    "allocated = most bytes in tensors beyond those held before q, k and v.",
-    "vs Dense, vs Dense-2D = forward + backward of their `causal` row / this one's, same batch and "
-    "length, 95 % interval: Dense has 16 heads at full size, Dense-2D 32, as CAT's decoder.",
+ATTENTION_DEFINITIONS: Definitions = (
+    {
+        "Attention alone, of one layer, median of n; forward without gradients;": (),
+        "TFLOP/s = of forward / of forward + backward, useful pairs only.": ("TFLOP/s",),
+    },
+    {
+        "allocated = most bytes in tensors beyond those held before q, k and v.": (
+            "allocated GiB",
+        ),
+    },
+    {
+        "vs Dense, vs Dense-2D = forward + backward of their `causal` row / this one's, same "
+        "batch and length, 95 % interval: Dense has 16 heads at full size, Dense-2D 32, as CAT's "
+        "decoder.": RATIOS,
+    },
 )
 
 UPSTREAM_COLUMNS = (
@@ -209,7 +265,7 @@ KINDS = {
     "attention": (ATTENTION_COLUMNS, ATTENTION_DEFINITIONS),
     "efficiency": (EFFICIENCY_COLUMNS, DEFINITIONS),
     "training": (TRAINING_COLUMNS, TRAINING_DEFINITIONS),
-    "upstream": (UPSTREAM_COLUMNS, (LOOP_DEFINITION,)),
+    "upstream": (UPSTREAM_COLUMNS, ({LOOP_DEFINITION: (LOOP_COLUMN.title,)},)),
 }
 
 # The table of steps
@@ -230,10 +286,17 @@ DETAIL_COLUMNS = (
     Column("graph GiB", ("graph_pool_bytes",), gib),
     Column("capture s", ("compile_s",), digits),
 )
-DETAIL_DEFINITIONS = (
-    "TTFT = prefill and first token. Steps: one instrumented generation, one event a step, in ms; "
-    "inner, boundary = the same percentiles of CAT's steps inside a chunk and of those that close "
-    "one; first, last 10 % = mean of those positions.",
-    "graph (GPU) = private pools of captured graphs. capture (GPU) = state, kernels and graphs, "
-    "once, outside of every latency; seconds more where kernels are not yet in Triton's cache.",
+DETAIL_DEFINITIONS: Definitions = (
+    {
+        "TTFT = prefill and first token.": ("TTFT ms",),
+        "Steps: one instrumented generation, one event a step, in ms;": ("step ms mean",),
+        "inner, boundary = the same percentiles of CAT's steps inside a chunk and of those that "
+        "close one;": ("inner", "boundary"),
+        "first, last 10 % = mean of those positions.": ("first 10 %", "last 10 %"),
+    },
+    {
+        "graph (GPU) = private pools of captured graphs.": ("graph GiB",),
+        "capture (GPU) = state, kernels and graphs, once, outside of every latency; seconds more "
+        "where kernels are not yet in Triton's cache.": ("capture s",),
+    },
 )

@@ -41,7 +41,9 @@ def compare_table(run_a: store.Run, run_b: store.Run, across_machines: bool = Fa
     lines = [_compare(a, b, compare_case) for a, b in pairs if a is not None and b is not None]
     names = f"runs {run_a.name} and {run_b.name}"
     if not lines:
-        raise UserError(f"{names} share no case: {_difference(rows_a, rows_b)}.", NOTHING_SHARED)
+        same_suite = {*rows_a["suite"]} & {*rows_b["suite"]}
+        hint = NOTHING_SHARED if same_suite else "Compare two runs of one suite."
+        raise UserError(f"{names} share no case: {_difference(rows_a, rows_b)}.", hint)
     rows = pd.DataFrame(lines)
     if (rows["mark"] == "x").all():
         reasons = rows["remark"].where(rows["remark"] != "", rows["change"])
@@ -158,7 +160,10 @@ def _factor(factor: float, low: float, high: float) -> dict[str, float]:
 
 
 def _verdict(rows: pd.DataFrame, num_worse: int, num_alone: int) -> str:
-    alone = f" {num_alone} cases are in one of the runs only." if num_alone else ""
+    alone = ""
+    if num_alone:
+        is_or_are = "is" if num_alone == 1 else "are"
+        alone = f" {plural(num_alone, 'case')} {is_or_are} in one of the runs only."
     num_both = int((rows["mark"] != "x").sum())
     return f"{num_worse} of {num_both} comparable cases got worse.{alone}"
 

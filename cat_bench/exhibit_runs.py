@@ -12,6 +12,8 @@ from cat_bench.messages import plural, warn
 if TYPE_CHECKING:
     from cat_bench.runner import Summary
 
+MAX_NAMED = 5  # specs in a warning
+
 
 def exhibit_names(asked: str) -> list[str]:
     """["fig2", "fig3"] of "fig2,fig3"; every exhibit for "all"."""
@@ -124,8 +126,14 @@ def _order(
     efficiency.check_counts("--repeats", None if repeats is None else [repeats])
     cases = [case.with_repeats(repeats) for case in missing if is_chosen(case)]
     if missing and not cases:
-        warn(f"none of the {plural(len(missing), 'missing case')} was asked for.")
+        of = _shortened(list(dict.fromkeys(case.arch for case in missing)))
+        warn(f"no missing case was asked for; missing: {plural(len(missing), 'case')} of {of}.")
     return _in_order(cases) if cases else []
+
+
+def _shortened(texts: list[str]) -> str:
+    more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
+    return ", ".join(texts[:MAX_NAMED]) + more
 
 
 def _in_order(cases: list[Case]) -> list[Case]:

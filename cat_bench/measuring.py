@@ -53,7 +53,8 @@ def exit_after(target: store.Run, summary: "Summary", timeout_s: float = DEFAULT
     bad = {status: count for status, count in bad.items() if count}
     if bad:
         told = ", ".join(f"{plural(count, 'case')} {status}" for status, count in bad.items())
-        again = _resume_command(target, timeout_s, "--retry", ",".join(bad))
+        longer_s = max(DEFAULT_TIMEOUT_S, 2 * timeout_s) if summary.timed_out else timeout_s
+        again = _resume_command(target, longer_s, "--retry", ",".join(bad))
         say(f"{told}; the rows say why. Again: {again}")
         raise typer.Exit(EXIT_FAILED_CASES)
 

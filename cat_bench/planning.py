@@ -222,7 +222,8 @@ def counts(flag: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(piece) for piece in text.split(","))
     except ValueError as error:
         raise UserError(
-            f"{flag} '{text}' is not a list of whole numbers.", f"Example: {flag} 1,64"
+            f"{flag} '{text}' is not a list of whole numbers.",
+            f"Example: {flag} {'0,1,2' if flag == '--seed' else '1,64'}",
         ) from error
 
 

@@ -71,10 +71,11 @@ def print_run(target: store.Run, as_json: bool) -> None:
     if as_json:
         typer.echo(report.as_json(tables.full_table(measurements.frame([target]))))
         return
-    typer.echo(report.terminal(tables.run_table(target)))
-    details = tables.details_table(measurements.frame([target]))
-    if details is not None:
-        typer.echo(f"\n{report.terminal(details)}")
+    records = measurements.frame([target])
+    made = [tables.run_table(target, suite) for suite in tables.suites_of(records) or [None]]
+    details = tables.details_table(records)
+    made += [] if details is None else [details]
+    typer.echo("\n\n".join(report.terminal(each) for each in made))
 
 
 def case_document(found: store.Run, key: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from cat_bench.columns import faster
 from cat_bench.environment import machine_line
 from cat_bench.errors import UserError
 from cat_bench.measurements import frame
-from cat_bench.tables import Table, details_table, full_table, records_table
+from cat_bench.tables import Table, details_table, full_table, records_table, suites_of
 
 # A section as report.html.j2 writes it: its text is escaped, so it holds no other </section>.
 SECTION = re.compile(
@@ -36,7 +36,7 @@ SECTION = re.compile(
     re.DOTALL,
 )
 FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
-FORMAT_OF = {  # a file's ending -> what it must hold; any other ending may hold anything
+FORMAT_OF = {  # a file's ending -> what it must hold
     ".json": "json",
     ".csv": "csv",
     ".md": "markdown",
@@ -45,6 +45,7 @@ FORMAT_OF = {  # a file's ending -> what it must hold; any other ending may hold
     ".html": "html",
     ".htm": "html",
 }
+ANY_FORMAT = ("", ".txt")  # endings that may hold whatever is asked for
 
 
 def case_text(run: store.Run, key: str) -> str:
@@ -77,7 +78,13 @@ def _dict_lines(values: dict) -> list[str]:
 
 def form_of(output: Path | None, asked: str | None) -> str:
     """The one of FORMATS that is asked for, else that of the file's ending, else "table"."""
-    told = FORMAT_OF.get(output.suffix.lower()) if output else None
+    ending = output.suffix.lower() if output else ""
+    told = FORMAT_OF.get(ending)
+    if told is None and ending not in ANY_FORMAT:
+        raise UserError(
+            f"{output} has the ending {ending}, which no format of a report has.",
+            f"Known endings: {', '.join([*FORMAT_OF, '.txt'])}.",
+        )
     if asked and told and asked != told:
         raise UserError(
             f"{output} must hold {told} by its ending, but the format asked for is {asked}.",
@@ -89,25 +96,46 @@ def form_of(output: Path | None, asked: str | None) -> str:
 def report_text(runs: Sequence[store.Run], form: str, published: Sequence = ()) -> str:
     """`cat-bench report`: the tables of all runs, in one of FORMATS.
 
-    Scales and devices never share a printed table; in JSON and CSV they are columns.
+    Suites, scales and devices never share a printed table; in JSON and CSV scale and device are
+    columns, in JSON the suite is one, too.
     """
     if form not in FORMATS:
         raise UserError(f"unknown format '{form}'.", f"Available: {', '.join(FORMATS)}.")
     records = frame(runs)
     title = ", ".join(run.name for run in runs)
+    if form == "csv":
+        _check_one_table(title, suites_of(records))
     if form in ("json", "csv"):
         return WRITERS[form](_with_published(replace(full_table(records), title=title), published))
-    tables = []
-    for _, group in records.groupby(["scale", "device_name"], sort=False):
-        tables.append(_with_published(replace(records_table(group), title=title), published))
-        loops = group[group["suite"] == "upstream"]  # of several suites, it has its own table
-        tables += [records_table(loops)] if 0 < len(loops) < len(group) else []
-        details = details_table(group)
-        tables += [] if details is None else [details]
+    tables = _report_tables(records, title, published)
     if form == "html":
         section = Section(title, tables=tuple(tables))
         return html_page("cat-bench report", [section], [run.environment for run in runs])
-    return "\n".join(WRITERS[form](each) for each in tables)
+    return ("\n\n" if form == "table" else "\n").join(WRITERS[form](each) for each in tables)
+
+
+def _check_one_table(title: str, suites: list[str]) -> None:
+    if not suites:
+        raise UserError(f"{title}: no case is closed yet.", "cat-bench run --resume RUN")
+    if len(suites) > 1:
+        raise UserError(
+            f"CSV holds one table, but {title} are of the suites {', '.join(suites)}.",
+            "Give runs of one suite, or another --format.",
+        )
+
+
+def _report_tables(records: pd.DataFrame, title: str, published: Sequence) -> list[Table]:
+    """One per scale, device and suite, each with its table of steps."""
+    several = len(suites_of(records)) > 1
+    tables = []
+    for _, group in records.groupby(["scale", "device_name"], sort=False):
+        for suite in suites_of(group):
+            named = f"{title}: suite {suite}" if several else title
+            made = replace(records_table(group, suite), title=named)
+            tables.append(_with_published(made, published if suite == "efficiency" else ()))
+            details = details_table(group[group["suite"] == suite])
+            tables += [] if details is None else [details]
+    return tables or [replace(records_table(records), title=title)]
 
 
 def _with_published(made: Table, points: Sequence) -> Table:

@@ -31,6 +31,7 @@ from cat_bench.user_code import source_hash
 
 STDERR_BYTES = 4096  # how much of a failed worker's stderr its row keeps
 RETRIABLE = frozenset({"oom", "unsupported", "failed"})
+TIMED_OUT = "ended after the timeout of"  # how such an error starts
 
 
 class Summary(NamedTuple):
@@ -40,6 +41,7 @@ class Summary(NamedTuple):
     oom: int = 0
     unsupported: int = 0
     failed: int = 0
+    timed_out: int = 0  # of the failed
     skipped: int = 0  # closed before
     interrupted: bool = False  # by Ctrl-C or SIGTERM; closed cases are kept, resume does the rest
 
@@ -100,6 +102,7 @@ def _execute(
                 rows = _refused(case, resolved) or workers.measure(case, timeout_s, following)
                 run.append(rows)
                 statuses[rows[-1].status] += 1
+                statuses["timed_out"] += (rows[-1].error or "").startswith(TIMED_OUT)
                 durations_s.append(rows[-1].value or 0.0)
             progress(total, total, None, 0.0)
     except KeyboardInterrupt:
@@ -238,7 +241,7 @@ class Worker:
         if not records or records[-1].metric != CLOSING:  # the worker did not come to its end
             tail = _tail(self.log)
             if timed_out:
-                reason = f"ended after the timeout of {timeout_s:g} s"
+                reason = f"{TIMED_OUT} {timeout_s:g} s"
             else:
                 killed = _oom_kills() > self.oom_kills
                 reason = reason_of_death(self.process.returncode, killed, tail)

@@ -38,6 +38,13 @@ UNKNOWN_DEVICE = "unknown"  # a GPU or CPU whose name the machine does not tell
 CLOSING = "case"  # the metric of the row that closes a case; its value is the wall time in seconds
 COLUMNS = tuple(field.name for field in fields(Record)) + ("schema",)
 _REQUIRED = frozenset(COLUMNS)
+_TEXT, _NUMBER = (str, "a text"), (int | float | None, "a number or null")
+_ROW_TYPES = {  # what a row holds, and how an error calls it; `schema` has a check of its own
+    **dict.fromkeys(("case", "metric", "unit", "status", "environment", "at"), _TEXT),
+    "error": (str | None, "a text or null"),
+    "value": _NUMBER,
+    "samples": (list, "a list of numbers"),
+}
 CASE_FIELDS = tuple(field.name for field in fields(Case))
 
 
@@ -59,6 +66,7 @@ class Run:
         resolved: Mapping[str, dict] | None = None,
     ) -> "Run":
         """A new folder under `results` with the next free number: 0004-name."""
+        check_folder(results)
         with _explained(results, "write"):
             results.mkdir(parents=True, exist_ok=True)
             path = _new_folder(results, sanitised(name))
@@ -140,12 +148,15 @@ class Run:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.path / 'plan.json'} holds a case that this version cannot read: {error}",
-                "Use the cat-bench version that wrote it (environment.json names the commit).",
+                "Restore it, or use the version that wrote it: environment.json has its commit.",
             ) from error
 
     def resolved(self) -> dict[str, dict]:
         """Case key -> what the plan resolved: {"label": "CAT-8", "config": {...}, ...}."""
-        return self._plan()["resolved"]
+        resolved = self._plan()["resolved"]
+        for key, entry in resolved.items():
+            _check_resolved(entry, f"{self.path / 'plan.json'} is broken: 'resolved' of case {key}")
+        return resolved
 
     def extend_plan(self, cases: Iterable[Case], resolved: Mapping[str, dict]) -> None:
         """Add cases to plan.json: the old ones stay, the file is replaced as a whole."""
@@ -188,7 +199,10 @@ def frame(runs: Sequence[Run], open_cases: bool = False) -> "pd.DataFrame":
 
 
 def find(results: Path, text: str) -> Run:
-    """The run that `text` means: folder name, number, name, or path. UserError names near ones."""
+    """The run that `text` means: folder name, number, name, or path, from here or from `results`;
+    ab/7 is run 7 of its subfolder ab. UserError names near ones.
+    """
+    check_folder(results)
     paths = folders(results)
     matches = [path for path in paths if text in (path.name, _given_name(path))]
     if text.isdecimal():
@@ -200,7 +214,16 @@ def find(results: Path, text: str) -> Run:
         return Run.open(matches[0])
     if text and Path(text).is_dir():
         return Run.open(Path(text))
+    path = Path(text)
+    if path.parent != Path() and (results / path.parent).is_dir():
+        return find(results / path.parent, path.name)
     raise _no_such_run(results, text, paths)
+
+
+def check_folder(results: Path) -> None:
+    """Raises UserError where the folder of all runs is something else."""
+    if results.exists() and not results.is_dir():
+        raise UserError(f"--results {results} is a file.", "Give the folder that holds the runs.")
 
 
 def folders(results: Path) -> list[Path]:
@@ -210,6 +233,20 @@ def folders(results: Path) -> list[Path]:
     with _explained(results, "read"):
         paths = [path for path in results.iterdir() if path.is_dir() and _number(path) is not None]
     return sorted(paths, key=lambda path: (_number(path), path.name))
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name of a run by which it would not be found."""
+    if name.isdecimal():
+        raise UserError(
+            f"--name {name} would mean the run of that number.", f"Example: --name run-{name}"
+        )
+    if name != sanitised(name):
+        raise UserError(
+            f"--name '{name}' cannot be a folder's name: it may hold 60 letters, digits, '.', '_' "
+            "and '-', and neither starts nor ends with '.' or '-'.",
+            f"Example: --name {sanitised(name)}",
+        )
 
 
 def sanitised(name: str) -> str:
@@ -283,6 +320,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
             raise ValueError(f"got {type(row).__name__}, expected an object")
         if not row.keys() >= _REQUIRED:
             raise ValueError(f"fields missing: {', '.join(sorted(_REQUIRED - row.keys()))}")
+        _check_types(row)
         if None in row["samples"]:  # how _strict writes NaN
             row["samples"] = [math.nan if value is None else value for value in row["samples"]]
     except (TypeError, ValueError) as error:  # ValueError: not JSON, not UTF-8
@@ -292,6 +330,26 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         ) from error
     _check_schema(row["schema"], f"{path}, line {number}")
     return row
+
+
+def _check_types(row: dict[str, Any]) -> None:
+    """Raises ValueError for the first field that holds something else than rows do."""
+    for name, (kind, words) in _ROW_TYPES.items():
+        if not isinstance(row[name], kind):
+            raise ValueError(f"{name} is {row[name]!r}, expected {words}")
+    for sample in row["samples"]:
+        if not isinstance(sample, _NUMBER[0]):
+            raise ValueError(f"samples hold {sample!r}, expected a list of numbers")
+
+
+def _check_resolved(entry: Any, where: str) -> None:
+    """Raises UserError unless it is an object whose label is a text and whose config an object."""
+    hint = "Restore the file (git, backup), or start a new run."
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is {entry!r}, expected an object.", hint)
+    for name, kind, words in (("label", str, "a text"), ("config", dict, "an object")):
+        if not isinstance(entry.get(name, kind()), kind):
+            raise UserError(f"{where} has {name} {entry[name]!r}, expected {words}.", hint)
 
 
 def _check_schema(schema: Any, where: str) -> None:

@@ -22,15 +22,25 @@ from cat_bench.columns import (
     DETAIL_COLUMNS,
     DETAIL_DEFINITIONS,
     KINDS,
+    LOOP_COLUMN,
     LOOP_DEFINITION,
     OTHER_COLUMNS,
     PERCENTILES,
     UPSTREAM_COLUMNS,
     Column,
+    defined,
     digits,
     whole,
 )
-from cat_bench.measurements import SETTINGS, frame, is_marked, joined, measured, summary
+from cat_bench.measurements import (
+    SETTINGS,
+    frame,
+    is_marked,
+    is_reference,
+    joined,
+    measured,
+    summary,
+)
 from cat_bench.notes import (
     REMARKED,
     configurations,
@@ -58,9 +68,9 @@ class Table:
     num_worse: int = 0  # regressions: `compare` exits with 4 where there are any
 
 
-def run_table(run: store.Run) -> Table:
-    """What `cat-bench show` prints: all closed cases of one run."""
-    made = records_table(frame([run]))
+def run_table(run: store.Run, suite: str | None = None) -> Table:
+    """What `cat-bench show` prints: all closed cases of one run, of one of its suites."""
+    made = records_table(frame([run]), suite)
     num_open = len(run.cases()) - len(run.closed())
     if num_open:
         unfinished = f"{num_open} of {len(run.cases())} cases have not run: continue with --resume."
@@ -68,32 +78,42 @@ def run_table(run: store.Run) -> Table:
     return replace(made, title=run.name)
 
 
-def records_table(records: pd.DataFrame) -> Table:
-    """The table of the suite, where all rows are of one of KINDS; else one column per metric."""
-    rows = distinct_labels(measured(records))
-    if rows.empty:
+def suites_of(records: pd.DataFrame) -> list[str]:
+    """The suites of all closed cases, drift references aside: each has a table of its own."""
+    closing = records[records["metric"] == store.CLOSING]
+    found = set(closing["suite"][~closing["settings"].map(is_reference).astype(bool)])
+    return [*(suite for suite in KINDS if suite in found), *sorted(found - set(KINDS))]
+
+
+def records_table(records: pd.DataFrame, suite: str | None = None) -> Table:
+    """The table of one suite, by default of the first; of one not in KINDS, a column per metric.
+
+    Ratios are taken over all records: a loop ratio of suite upstream stands beside its
+    architecture everywhere.
+    """
+    rows, suite = measured(records), suite or next(iter(suites_of(records)), None)
+    if suite is None:
         return Table(rows, pd.DataFrame(), notes=("No case is closed yet.",))
-    upstream = rows["suite"] == "upstream"
-    if upstream.all():
+    rows = distinct_labels(_of_suite(rows, suite))
+    if suite == "upstream":
         return _upstream_table(rows, records)
-    rows = rows[~upstream].reset_index(drop=True)  # they have a table of their own
-    suites = set(rows["suite"])
-    timed = len(suites) == 1 and suites <= set(KINDS)
+    timed = suite in KINDS
     if timed and "latency_s" not in rows:  # nothing went well: statuses still need a column
         rows["latency_s"] = math.nan
-    columns, definitions = OTHER_COLUMNS + _metric_columns(records), ()
+    own = records[records["suite"] == suite]
+    columns, definitions = OTHER_COLUMNS + _metric_columns(own), ()
     by = ["batch_size", "seq_len", *SETTINGS]
-    if suites == {"attention"}:  # of each architecture the best implementation
+    if suite == "attention":  # of each architecture the best implementation
         by.append("label")
     if timed:
-        columns, definitions = KINDS[suites.pop()]
-    rows = dense_first(rows) if timed else rows
+        columns, definitions = KINDS[suite]
+        rows = dense_first(rows)
     if "label" in by:  # batches shrink as lengths grow
         rows = rows.sort_values("seq_len", kind="stable")
     made = table(rows, (*_distinguishing(rows), *columns), by)
     notes = (
-        *definitions,
-        *((LOOP_DEFINITION,) if "loop_ratio" in rows else ()),
+        *defined(definitions, made.text),
+        *((LOOP_DEFINITION,) if LOOP_COLUMN.title in made.text else ()),
         *configurations(rows),
         *failures(rows),
         *foreign_dense(rows),
@@ -107,6 +127,15 @@ def records_table(records: pd.DataFrame) -> Table:
         heading=" · ".join([*dict.fromkeys(rows["machine"]), *_settings_line(rows)]),
         notes=notes,
     )
+
+
+def _of_suite(rows: pd.DataFrame, suite: str) -> pd.DataFrame:
+    """The rows of one suite, without the columns that only other suites fill."""
+    if set(rows["suite"]) == {suite}:
+        return rows
+    rows = rows[rows["suite"] == suite].reset_index(drop=True)
+    known = {*store.CASE_FIELDS, *store.COLUMNS}
+    return rows[[name for name in rows if name in known or rows[name].notna().any()]]
 
 
 def distinct_labels(rows: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +199,7 @@ def details_of(rows: pd.DataFrame) -> Table | None:
     several = rows["prompt_len"].nunique() > 1
     prompt = (Column("prompt", ("prompt_len",), whole),) if several else ()
     made = table(_with_step_statistics(dense_first(rows)), (*prompt, *DETAIL_COLUMNS))
-    return replace(made, notes=DETAIL_DEFINITIONS, suffix="steps")
+    return replace(made, notes=defined(DETAIL_DEFINITIONS, made.text), suffix="steps")
 
 
 def _has_generated(rows: pd.DataFrame) -> bool:
@@ -180,22 +209,25 @@ def _has_generated(rows: pd.DataFrame) -> bool:
 
 def full_table(records: pd.DataFrame) -> Table:
     """Both tables in one, with run, scale and device: JSON and CSV have no page to fit."""
-    rows, made = distinct_labels(measured(records)), records_table(records)
-    if rows.empty or "latency_s" not in rows:
-        return made
+    rows, suites = distinct_labels(measured(records)), suites_of(records)
+    if len(suites) < 2 and (rows.empty or "latency_s" not in rows):
+        return records_table(records)
     rows = dense_first(rows)
     fixed = ("run", "scale", "device_name", "decode_path", "forward_path", *SETTINGS)
     columns = [Column(name, (name,), str) for name in fixed]
-    if "loop" in rows:
+    if len(suites) > 1 or "loop" in rows:
         columns.append(Column("suite", ("suite",), str))
-    for suite in [name for name in KINDS if name in set(rows["suite"])]:
+    for suite in [name for name in suites if name in KINDS]:
         titles = {c.title for c in columns}
         columns += [c for c in KINDS[suite][0] if c.title not in titles]
     if _has_generated(rows):
         rows = _with_step_statistics(rows)
         titles = {c.title for c in columns}
         columns += [c for c in DETAIL_COLUMNS if c.title not in titles]
-    return replace(table(rows, columns), heading=made.heading, notes=made.notes)
+    made = [records_table(records, suite) for suite in suites]
+    heading = "; ".join(dict.fromkeys(each.heading for each in made))
+    notes = dict.fromkeys(note for each in made for note in each.notes)
+    return replace(table(rows, columns), heading=heading, notes=tuple(notes))
 
 
 def table(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str] = ()) -> Table:

@@ -116,6 +116,20 @@ def test_an_unknown_field_is_refused():
         Case.from_dict({**asdict(CASE), "colour": "red"})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("batch_size", "one", "batch_size is 'one', expected a whole number"),
+        ("seq_len", 64.5, "seq_len is 64.5, expected a whole number"),
+        ("arch", None, "arch is None, expected a text"),
+        ("protocol", 3, "protocol is 3, expected a text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(field: str, value: object, words: str):
+    with pytest.raises(ValueError, match=words):
+        Case.from_dict({**asdict(CASE), field: value})
+
+
 def test_new_tokens():
     assert CASE.new_tokens == 56
 

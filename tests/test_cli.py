@@ -166,6 +166,9 @@ def refused(answer: Answer, *parts: str) -> None:
             "-a dense --gpu T4 --device cuda --dry-run",
             ["--gpu 'T4' is unknown", "H100, H200, A100"],
         ),
+        ("-a dense --quick --name 0001", ["--name 0001 would mean the run of that number"]),
+        ("-a dense --quick --name ../x", ["'../x' cannot be a folder's name", "--name x"]),
+        ("-a dense --quick --name=", ["--name '' cannot be a folder's name"]),
         ("-a no/such/file.py", ["no architecture file at 'no/such/file.py'"]),
         ("", ["no architecture was given"]),
     ],
@@ -254,6 +257,13 @@ def test_a_file_under_two_names_is_one_or_refused(
     [
         (["run"], ["run needs a suite"]),
         (["list", "runs", "--results", __file__], ["test_cli.py is a file", "Give the folder"]),
+        (
+            ["run", *TINY_RUN, "--results", __file__],
+            ["test_cli.py is a file", "Give the folder"],
+        ),
+        (["paper", "fig4", "--results", __file__], ["test_cli.py is a file"]),
+        (["show", "1", "--results", __file__], ["test_cli.py is a file", "Give the folder"]),
+        (["run", "efficiency", "-a", "dense", "--seed", "x"], ["Example: --seed 0,1,2"]),
         (["run", "eficiency"], ["unknown suite 'eficiency'. Did you mean: efficiency?"]),
         (["run", "--resume", "none"], ["no run 'none'"]),
         (["show", "7"], ["no run '7'", "cat-bench run"]),
@@ -266,6 +276,9 @@ def test_a_file_under_two_names_is_one_or_refused(
         (["paper", "fig2,fig22"], ["unknown exhibit 'fig22'. Did you mean: fig2"]),
         (["paper", "fig2", "--run", "--only", "dens"], ["unknown architecture 'dens'"]),
         (["paper", "fig2", "--only", "dense"], ["say what is measured; nothing is.", "Add --run"]),
+        (["paper", "--run"], ["--run needs an exhibit", "cat-bench paper fig2 --run"]),
+        (["paper", "--run", "--only", "dense"], ["--run needs an exhibit"]),
+        (["paper", "--dry-run"], ["--dry-run needs an exhibit", "cat-bench paper fig2 --dry-run"]),
         (["paper", "--scale", "huge"], ["unknown scale 'huge'", "smoke, h100, paper"]),
     ],
 )
@@ -486,6 +499,21 @@ def test_the_command_that_resumes_a_run_works_as_it_is_printed(
     assert program == "cat-bench"
     resumed = cat_bench(*arguments)
     assert resumed.code == 0 and str(Path(folder, "0001-first")) in resumed.err  # "kept: ..."
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "timed_out", "suggested"),
+    [(0.01, 1, ""), (3600.0, 1, "--timeout 7200"), (5000.0, 1, "--timeout 10000"),
+     (60.0, 0, "--timeout 60")],
+)  # fmt: skip
+def test_after_a_timeout_a_longer_one_is_suggested(
+    one_run: Path, capsys: pytest.CaptureFixture, timeout_s: float, timed_out: int, suggested: str
+):
+    summary = runner.Summary(failed=1, timed_out=timed_out)
+    with pytest.raises(measuring.typer.Exit):
+        measuring.exit_after(store.Run.open(one_run), summary, timeout_s)
+    again = capsys.readouterr().err.split("Again: ")[1]
+    assert suggested in again and ("--timeout" in again) == bool(suggested)
 
 
 def a_case(arch: str, **settings: str) -> Case:
@@ -726,8 +754,12 @@ def test_paper_makes_no_run_where_no_missing_case_is_asked_for(
     cat_bench: Cli, results_folder: Path
 ):
     answer = cat_bench("paper", "fig5", "--run", "--only", "mamba2")
-    assert answer.code == 0 and "none of the 28 missing cases" in answer.err
+    assert answer.code == 0 and "missing: 28 cases of dense, cat, cat:" in answer.err
     assert not list(results_folder.glob("0*"))
+    answer = cat_bench("paper", "fig7", "--run", "--only", "cat-8")
+    assert "based:window_cache=max_len" in answer.err  # what --only has to name
+    answer = cat_bench("paper", "fig2", "--run", "--only", "cat:chunk_size=64")
+    assert re.search(r"of (\S+, ){4}\S+ and \d+ more\.$", answer.err, re.MULTILINE)
 
 
 def test_paper_dry_run_prints_what_run_would_measure(
@@ -821,6 +853,14 @@ def test_a_report_has_the_format_of_its_ending(
     other = ("--format", "latex") if ending != ".tex" else ("--json",)
     path.unlink()
     refused(cat_bench("report", "1", *other, "-o", path), f"report{ending} must hold ", "asked for")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--format", "latex"), ("--json",)])
+def test_a_report_of_an_unknown_ending_is_refused(cat_bench: Cli, one_run: Path, flags: tuple):
+    path = one_run.parent / "report.pdf"
+    answer = cat_bench("report", "1", *flags, "-o", path)
+    refused(answer, "has the ending .pdf, which no format", "Known endings: .json, .csv, .md,")
     assert not path.exists()
 
 

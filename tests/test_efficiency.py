@@ -15,7 +15,7 @@ from cat_bench.errors import UserError
 from cat_bench.predict import resolve
 from cat_bench.profiler import Call, StepTime, Timing
 from cat_bench.spec import parse
-from cat_bench.suites import efficiency, load
+from cat_bench.suites import efficiency, load, training
 from cat_bench.suites.efficiency import measure, plan
 
 DENSE = "dense:num_layers=1,vocab_size=96,width=64"
@@ -75,11 +75,14 @@ def test_prompt_lengths_are_a_list_too() -> None:
     }
 
 
-def test_the_forward_path_is_eager_unless_asked_for() -> None:
+def test_the_forward_path_is_eager() -> None:
+    """Nothing is trained, and references of all runs are comparable."""
     assert {c.forward_path for c in plan([parse("dense")], Options(device="cuda"))} == {"eager"}
-    cases = plan([parse("dense")], Options(forward_path="compile", reference_every=1))
-    assert {c.forward_path for c in cases if not c.settings} == {"compile"}
-    assert {c.forward_path for c in cases if c.settings} == {"eager"}  # comparable in all runs
+    options = Options(device="cuda", forward_path="eager", reference_every=1)
+    assert {c.forward_path for c in training.plan([parse("dense")], options)} == {"eager"}
+    options = replace(options, forward_path="compile")
+    references = [c for c in training.plan([parse("dense")], options) if c.suite == "efficiency"]
+    assert {c.forward_path for c in references} == {"eager"} and references
 
 
 def test_hints_show_sensible_numbers() -> None:
@@ -115,6 +118,7 @@ def test_hints_show_sensible_numbers() -> None:
         (Options(new_tokens=1, seq_lens=(64,)), "--seq-len and --new-tokens both"),
         (Options(activation_checkpointing=True), "--activation-checkpointing changes training"),
         (Options(step_path="eager"), "--step-path says how a training step is launched"),
+        (Options(forward_path="eager"), "--forward-path says how the forward pass of training"),
         (Options(implementations=("fused",)), "--implementation chooses among those of attention"),
     ],
 )

@@ -514,6 +514,18 @@ def test_a_broken_run_stops_no_figure(tmp_path) -> None:
     assert "Warning: run folders that cannot be read" in page and text in page
 
 
+def test_one_bad_value_leaves_out_its_run_alone(tmp_path) -> None:
+    measure(tmp_path, plan("fig5")[:1])
+    measure(tmp_path, plan("fig5")[1:2])
+    path = store.folders(tmp_path)[1] / "records.jsonl"
+    first, *rest = path.read_text().splitlines()
+    lines = [json.dumps({**json.loads(first), "value": "x"}), *rest]
+    path.write_text("\n".join(lines) + "\n")
+    _, runs, skipped = _build.all_records(tmp_path)
+    assert [run.name for run in runs] == [store.folders(tmp_path)[0].name]
+    assert "records.jsonl, line 1" in skipped[0] and "value is 'x'" in skipped[0]
+
+
 def test_smoke_tables_and_figures_are_stamped(tmp_path) -> None:
     measure(tmp_path, plan("fig2", "smoke"), gpu_name=None)
     _build.build(["fig2", "table3"], "smoke", tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cat_bench import compare, measurements, notes, report, store, tables
+from cat_bench import columns, compare, measurements, notes, printing, report, store, tables
 from cat_bench.case import Case, Record
 from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column, digits, whole
 from cat_bench.compare import compare_table
@@ -134,7 +134,7 @@ def test_the_floor_is_lowered_by_the_worse_of_its_ceilings_within_its_own_run(tm
     faster = make_run(tmp_path, "other", rows=[(best, rows(8e12, 32e14))])
     rows = measurements.measured(measurements.frame([run, faster]))
     assert list(rows["floor_share"]) == [0.5, 0.25, 0.25, 0.5]
-    said = " ".join(DEFINITIONS)
+    said = " ".join(columns.defined(DEFINITIONS))
     assert "in the case's own process, lowered by the share by which the worse of them" in said
 
 
@@ -176,6 +176,27 @@ def test_unfinished_and_failed_cases_are_said(tmp_path) -> None:
     assert f"failed: Dense, batch 256, length 1024: ValueError: no (case {key})" in made.notes
     assert made.notes[-1] == "1 of 2 cases have not run: continue with --resume."
     assert "failed" in made.text.iloc[0].to_list()
+
+
+def test_only_shown_columns_are_defined(tmp_path) -> None:
+    rows = [(case("dense"), lambda key: closed(key, "failed", "no"))]
+    definition, failure = tables.run_table(make_run(tmp_path, rows=rows)).notes
+    assert definition == "latency = median time of a whole generation, prefill included."
+    assert failure.startswith("failed: ")
+
+    def with_first_token(key: str) -> list[Record]:
+        return [Record(key, "ttft_s", 0.01, "s", [0.01] * 5), *timed(key, 2.0, 1.0)]
+
+    run = make_run(tmp_path, rows=[(case("dense"), with_first_token)])
+    details = tables.details_table(measurements.frame([run]))
+    assert details is not None and details.notes == ("TTFT = prefill and first token.",)
+    for lines, table_columns in (
+        (columns.DETAIL_DEFINITIONS, columns.DETAIL_COLUMNS),
+        *((lines, shown) for shown, lines in columns.KINDS.values()),
+    ):
+        titles = {column.title for column in table_columns}
+        assert all({*needed} <= titles for line in lines for needed in line.values())
+        assert columns.defined(lines, titles) == columns.defined(lines)
 
 
 def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> None:
@@ -264,8 +285,8 @@ def test_json_and_csv_hold_si_units(tmp_path) -> None:
 
 
 def test_markdown_golden(tmp_path) -> None:
-    columns = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
-    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
+    shown = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
+    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), shown)
     lines = normal(report.as_markdown(made))
     assert re.sub("-+", "-", lines.pop(1)) == "|:-|-:|-:|-:|"
     assert lines == [
@@ -277,8 +298,8 @@ def test_markdown_golden(tmp_path) -> None:
 
 
 def test_latex_golden(tmp_path) -> None:
-    columns = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
-    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), columns)
+    shown = (EFFICIENCY_COLUMNS[0], *EFFICIENCY_COLUMNS[3:6])
+    made = tables.table(measurements.measured(measurements.frame([make_run(tmp_path)])), shown)
     assert report.as_latex(made).strip().splitlines() == [
         r"\begin{tabular}{lrrr}",
         r"\toprule",
@@ -344,6 +365,68 @@ def test_a_report_never_mixes_scales_or_devices_in_one_table(tmp_path) -> None:
     assert {row["scale"] for row in json.loads(report.report_text(runs, "json"))["rows"]} == {
         "custom", "smoke",
     }  # fmt: skip
+
+
+def two_suites(folder: Path) -> list[store.Run]:
+    """A run of suite efficiency and one of suite training."""
+    trained = replace(case("dense"), suite="training", prompt_len=0)
+
+    def steps(key: str) -> list[Record]:
+        step = Record(key, "train_step_s", 0.5, "s", [0.5] * 5)
+        return [step, Record(key, "mfu", 0.4, "1"), *closed(key, "ok")]
+
+    return [make_run(folder), make_run(folder, "training", rows=[(trained, steps)])]
+
+
+def test_a_report_has_one_table_per_suite(tmp_path) -> None:
+    runs = two_suites(tmp_path)
+    text = report.report_text(runs, "table")
+    first, second = (normal(part) for part in text.split("\n\n"))
+    assert first[0] == "0001-fig, 0002-training: suite efficiency"
+    assert "tok/s peak GiB state GiB" in first[2] and "MFU" not in first[2]
+    assert second[0] == "0001-fig, 0002-training: suite training"
+    assert "step s [95 % CI]" in second[2] and "MFU" in second[2] and "GiB" not in second[2]
+    for form, mark in (("markdown", "|:--"), ("latex", r"\toprule"), ("html", "<table>")):
+        assert report.report_text(runs, form).count(mark) == 2
+    suites = [row["suite"] for row in json.loads(report.report_text(runs, "json"))["rows"]]
+    assert sorted(suites) == ["efficiency"] * 3 + ["training"]
+    with pytest.raises(UserError, match="CSV holds one table, .* suites efficiency, training"):
+        report.report_text(runs, "csv")
+
+
+def test_show_prints_each_suite_of_a_run(tmp_path, capsys) -> None:
+    cases = [case("dense"), replace(case("dense"), suite="training", prompt_len=0)]
+    ends = ("oom", "failed")
+    rows = [(c, partial(closed, status=end)) for c, end in zip(cases, ends, strict=True)]
+    run = make_run(tmp_path, rows=rows)
+    printing.print_run(run, as_json=False)
+    first, second = (normal(part) for part in capsys.readouterr().out.split("\n\n"))
+    assert "latency s [95 % CI]" in first[2] and "oom" in first[3]
+    assert "step s [95 % CI]" in second[2] and "failed" in second[3]
+    printing.print_run(run, as_json=True)
+    shown = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["suite"], row["status"]) for row in shown} == {
+        ("efficiency", "oom"), ("training", "failed"),
+    }  # fmt: skip
+
+
+def test_compare_recommends_one_table_only_of_one_suite(tmp_path) -> None:
+    for other, hint in (("efficiency", "cat-bench report A B"), ("training", "of one suite")):
+        runs = two_suites(tmp_path / other)
+        if other == "efficiency":
+            rows = [(case("dense", 1), lambda key: timed(key, 1.0, 1.0))]
+            runs[1] = make_run(tmp_path / other, rows=rows)
+        with pytest.raises(UserError) as error:
+            compare_table(*runs)
+        assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "latex", "html", "json"])
+def test_a_report_of_nothing_says_so(tmp_path, form: str) -> None:
+    run = make_run(tmp_path, rows=[(case("dense"), None)])
+    assert "No case is closed yet." in report.report_text([run], form)
+    with pytest.raises(UserError, match="no case is closed yet"):
+        report.report_text([run], "csv")
 
 
 def test_a_users_file_labelled_dense_is_no_reference(tmp_path, monkeypatch) -> None:
@@ -505,6 +588,8 @@ def test_newly_failing_and_missing_cases(tmp_path) -> None:
     assert marks == {("Dense", "256"): "!"}
     assert made.num_worse == 1
     assert "3 cases are in one of the runs only." in made.notes[0]
+    made = compare_table(a, make_run(tmp_path, "c", rows=rows[:1] + [(case("cat"), rows[0][1])]))
+    assert "1 case is in one of the runs only." in made.notes[0]
 
 
 def test_other_gpu_is_refused_unless_ratios_are_asked_for(tmp_path) -> None:

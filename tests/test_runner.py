@@ -229,7 +229,7 @@ def test_a_timeout_is_a_failure_and_ends_the_worker(world, tmp_path):
     case = make_case(world, settings=(("until", str(tmp_path / "never")),))
     run = new_run(tmp_path, [case])
     summary = runner.execute([case], run, timeout_s=0.3)
-    assert summary == runner.Summary(failed=1)
+    assert summary == runner.Summary(failed=1, timed_out=1)
     assert closing(run, case)["error"].startswith("ended after the timeout of 0.3 s")
     assert 0.3 <= closing(run, case)["value"] < 30
 

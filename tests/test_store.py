@@ -268,6 +268,46 @@ def test_a_broken_line_in_the_middle_names_file_and_line(run: Run, broken: bytes
     assert content(run.path) == before
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("value", "x", "value is 'x', expected a number or null"),
+        ("samples", "abc", "samples is 'abc', expected a list of numbers"),
+        ("samples", [1.0, "x"], "samples hold 'x', expected a list of numbers"),
+        ("status", None, "status is None, expected a text"),
+        ("case", ["a"], "expected a text"),
+    ],
+)
+def test_a_value_of_another_type_names_file_and_line(
+    run: Run, field: str, value: object, words: str
+):
+    run.append(rows())
+    path = run.path / "records.jsonl"
+    first, *rest = path.read_text().splitlines()
+    lines = [json.dumps({**json.loads(first), field: value}), *rest]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"records\.jsonl, line 1 is not a row: .*{words}"):
+        store.frame([run])
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (None, "is None, expected an object"),
+        ({"label": "x", "config": "width"}, "config 'width', expected an object"),
+        ({"label": 5, "config": {}}, "label 5, expected a text"),
+    ],
+)
+def test_a_plan_that_resolved_to_something_else_is_refused(run: Run, entry: object, words: str):
+    path = run.path / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["resolved"][CASE.key] = entry
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=rf"plan\.json .*{CASE.key} .*{words}") as caught:
+        store.frame([run])
+    assert caught.value.hint
+
+
 @pytest.mark.parametrize("schema, words", [(99, "newer cat-bench: schema 99"), ("1", "'1'")])
 def test_a_row_of_another_schema_is_refused(run: Run, schema: object, words: str):
     run.append(rows())
@@ -340,8 +380,10 @@ def test_no_such_folder(tmp_path: Path):
 
 def test_a_refused_write_is_a_sentence(tmp_path: Path, run: Run):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="file is a file"):
         Run.create(tmp_path / "file", "x", {})
+    with pytest.raises(UserError, match="cannot write"):
+        Run.create(tmp_path / "file" / "below", "x", {})
     (run.path / "records.jsonl").unlink(missing_ok=True)
     (run.path / "records.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot read .*records\.jsonl: Is a directory"):
@@ -513,6 +555,16 @@ def test_find(results: Path, text: str, folder: str):
 def test_find_by_path(results: Path):
     assert store.find(results, f"{results}/0002-fig3/").name == "0002-fig3"
     assert store.find(results.parent / "elsewhere", str(results / "0002-fig3")).name == "0002-fig3"
+
+
+@pytest.mark.parametrize("text", ["ab/0001-before", "ab/0001-before/", "ab/0001", "ab/before"])
+def test_find_below_a_subfolder(results: Path, text: str):
+    Run.create(results / "ab", "before", {})
+    assert store.find(results, text).path == results / "ab" / "0001-before"
+    with pytest.raises(UserError, match="no run '9' in .*ab"):
+        store.find(results, "ab/9")
+    with pytest.raises(UserError, match="no run 'none/9'"):
+        store.find(results, "none/9")
 
 
 def test_find_refuses_to_guess(results: Path):

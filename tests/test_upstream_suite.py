@@ -95,6 +95,11 @@ def test_references_stay_cases_of_efficiency(tmp_path: Path) -> None:
     assert [case.suite for case in cases] == ["efficiency", "upstream", "upstream", "efficiency"]
 
 
+def test_a_forward_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--forward-path says how the forward pass"):
+        pair(write(tmp_path), forward_path="eager")
+
+
 def test_an_architecture_without_upstream_program_is_refused() -> None:
     with pytest.raises(UserError) as error:
         upstream.plan([parse("dense")], Options())

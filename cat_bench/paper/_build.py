@@ -134,6 +134,7 @@ def all_records(results: Path) -> tuple[pd.DataFrame, list[store.Run], tuple[str
 
     A broken run folder stops nobody else's figures.
     """
+    store.check_folder(results)
     runs, skipped = [], []
     for path in store.folders(results):
         try:

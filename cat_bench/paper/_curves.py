@@ -8,7 +8,7 @@ import pandas as pd
 
 from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
-from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column
+from cat_bench.columns import DEFINITIONS, EFFICIENCY_COLUMNS, GIB, Column, defined
 from cat_bench.notes import (
     configurations,
     failures,
@@ -169,7 +169,7 @@ def ratio_table(
 ) -> tables.Table:
     """Latency, memory, % of floor, ratios to Dense with intervals; crossing points in the notes."""
     made = tables.table(rows, COLUMNS, ["batch_size", "seq_len"])
-    notes = [*DEFINITIONS, *crossing_notes(rows, axis), *failures(rows)]
+    notes = [*defined(DEFINITIONS), *crossing_notes(rows, axis), *failures(rows)]
     notes += [*patterns(rows), *foreign_dense(rows), *hidden_dense(rows), *ranges(rows)]
     notes += [*prompt_share(rows), *also]
     if scale == "smoke":

@@ -14,7 +14,7 @@ import pandas as pd
 
 from cat_bench import figures, measurements, tables
 from cat_bench.case import Case
-from cat_bench.columns import ATTENTION_COLUMNS, ATTENTION_DEFINITIONS
+from cat_bench.columns import ATTENTION_COLUMNS, ATTENTION_DEFINITIONS, defined
 from cat_bench.notes import failures, foreign_dense
 from cat_bench.paper import _curves, _lines, _settings
 from cat_bench.paper._lacking import lacking, ranked
@@ -132,7 +132,7 @@ def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table
     made = tables.table(
         ranked(rows, plan(scale)), ATTENTION_COLUMNS, ["batch_size", "seq_len", "label"]
     )
-    notes = [*ATTENTION_DEFINITIONS, *NOTES, *failures(rows), *lacks]
+    notes = [*defined(ATTENTION_DEFINITIONS), *NOTES, *failures(rows), *lacks]
     notes += foreign_dense(rows)
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
     return replace(made, title=TITLE, heading=_heading(rows), notes=tuple(notes))

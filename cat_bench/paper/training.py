@@ -19,6 +19,7 @@ from cat_bench.columns import (
     TRAINING_COLUMNS,
     TRAINING_DEFINITIONS,
     Column,
+    defined,
     digits,
     gib,
     percent,
@@ -101,8 +102,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         return Content((_claims_alone(claims),))
     made = tables.table(_ranked(_with_ratios(rows, claims), scale), COLUMNS, ["seq_len"])
     notes = [
-        TRAINING_DEFINITIONS[0],
-        TRAINING_DEFINITIONS[3],
+        *defined((TRAINING_DEFINITIONS[0], TRAINING_DEFINITIONS[3])),
         *NOTES,
         *_curves.patterns(rows),
         *whole_logits(rows),

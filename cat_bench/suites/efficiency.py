@@ -17,7 +17,6 @@ import itertools
 import random
 import statistics
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cat_bench.case import Case, Options, Record
@@ -96,7 +95,6 @@ def _case(
         device=options.device,
         seed=seed,
         decode_path=options.decode_path or describe(parse(arch).name).fastest(options.device),
-        forward_path=options.forward_path or "eager",
         scale=options.scale,
         settings=tuple(sorted((key, str(value)) for key, value in settings.items())),
     )
@@ -138,8 +136,7 @@ def with_references(cases: list[Case], options: Options, every: int) -> list[Cas
 
 def _reference(options: Options, number: int) -> Case:
     arch, batch_size, seq_len = REFERENCE
-    fixed = replace(options, forward_path=None)  # references of all runs are comparable
-    return _case(fixed, arch, batch_size, PROMPT_LEN, seq_len, options.seeds[0], reference=number)
+    return _case(options, arch, batch_size, PROMPT_LEN, seq_len, options.seeds[0], reference=number)
 
 
 def _check(specs: list[Spec], options: Options) -> None:
@@ -149,11 +146,15 @@ def _check(specs: list[Spec], options: Options) -> None:
         raise UserError(
             "--activation-checkpointing changes training only.", "Use it with `run training`."
         )
-    if options.step_path is not None:
-        raise UserError(
-            "--step-path says how a training step is launched.",
-            "Drop it (--decode-path is for decoding), or use it with `run training`.",
-        )
+    for flag, value, what in (
+        ("--step-path", options.step_path, "a training step is launched"),
+        ("--forward-path", options.forward_path, "the forward pass of training is computed"),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{flag} says how {what}.",
+                "Drop it (--decode-path is for decoding), or use it with `run training`.",
+            )
     if options.seq_lens is not None and options.new_tokens is not None:
         raise UserError(
             "--seq-len and --new-tokens both say how long a sequence becomes.",
