@@ -923,6 +923,8 @@ def test_loops_of_a_pair_stand_side_by_side(tmp_path) -> None:
     assert table.count("1.00 [1.00, 1.00]") == 4 and run.name in table
     (smoke,) = render("upstream", tmp_path, "smoke").tables
     assert set(smoke.text["loop ratio"]) == {"needs a CUDA GPU"}
+    assert status_of(tmp_path, "upstream", "smoke").status == "nothing to measure at this scale"
+    assert status_of(tmp_path, "fig4", "smoke").status == "done"  # drawn, not measured
 
 
 def test_time_to_first_token_has_ratios_of_its_own_run(tmp_path) -> None:

@@ -254,6 +254,8 @@ def _status(name: str, found: Found, rendered: list[str] | None, scale: str) -> 
     absent = _settings.missing(names, scale)
     alone = _settings.only_reference(names, scale)
     word = _word(found, unbuilt, absent, alone, rendered)
+    if module.SUITES and not found.planned and not unbuilt:
+        word = "nothing to measure at this scale"
     details = []
     if not word.startswith("not built"):
         details += [f"without {', '.join(absent)}"] if absent else []
