@@ -304,12 +304,12 @@ def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Seri
     alone makes no file of a user's the reference.
     """
     all_dense = rows[_is_dense(rows)]
+    for setting in SAME_SETTING:
+        all_dense = all_dense[all_dense[setting] == row[setting]]
     dense = all_dense[all_dense["label"] == name]
     if dense.empty and name == "Dense":  # a tiny or resized one stands in, if it is the only one
         dense = all_dense[~all_dense["label"].str.startswith("Dense-2D")]
         dense = dense if dense["arch"].nunique() == 1 else dense.iloc[:0]
-    for setting in SAME_SETTING:
-        dense = dense[dense[setting] == row[setting]]
     dense = dense.loc[[index for index, one in dense.iterrows() if latency_samples(one)]]
     for setting in ("run", "decode_path", "forward_path"):
         same = dense[dense[setting] == row[setting]]

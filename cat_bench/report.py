@@ -126,7 +126,13 @@ def _check_one_table(title: str, suites: list[str]) -> None:
 
 def _report_tables(records: pd.DataFrame, title: str, published: Sequence) -> list[Table]:
     """One per scale, device and suite, each with its table of steps."""
-    several = len(suites_of(records)) > 1
+    suites = suites_of(records)
+    if published and suites and "efficiency" not in suites:
+        raise UserError(
+            f"--published has times of generation alone; these runs are of suite {suites[0]}.",
+            "Drop --published.",
+        )
+    several = len(suites) > 1
     tables = []
     for _, group in records.groupby(["scale", "device_name"], sort=False):
         for suite in suites_of(group):

@@ -203,21 +203,28 @@ def find(results: Path, text: str) -> Run:
     ab/7 is run 7 of its subfolder ab. UserError names near ones.
     """
     check_folder(results)
+    path = Path(text)
+    matches = _matching(results, text)
+    if not matches and text and path.is_dir():
+        return Run.open(path)
+    if not matches and path.parent != Path() and (results / path.parent).is_dir():
+        results, text = results / path.parent, path.name
+        matches = _matching(results, text)
+    if len(matches) > 1:
+        names = ", ".join(match.name for match in matches)
+        raise UserError(f"'{text}' means several runs: {names}.", "Give the whole folder name.")
+    if not matches:
+        raise _no_such_run(results, text, folders(results))
+    return Run.open(matches[0])
+
+
+def _matching(results: Path, text: str) -> list[Path]:
+    """The run folders in `results` whose name, number or given name `text` is."""
     paths = folders(results)
     matches = [path for path in paths if text in (path.name, _given_name(path))]
     if text.isdecimal():
         matches = [path for path in paths if _number(path) == int(text)] or matches
-    if len(matches) > 1:
-        names = ", ".join(path.name for path in matches)
-        raise UserError(f"'{text}' means several runs: {names}.", "Give the whole folder name.")
-    if matches:
-        return Run.open(matches[0])
-    if text and Path(text).is_dir():
-        return Run.open(Path(text))
-    path = Path(text)
-    if path.parent != Path() and (results / path.parent).is_dir():
-        return find(results / path.parent, path.name)
-    raise _no_such_run(results, text, paths)
+    return matches
 
 
 def check_folder(results: Path) -> None:

@@ -278,15 +278,20 @@ def _best(rows: pd.DataFrame, columns: Sequence[Column], by: Sequence[str]) -> p
     return best
 
 
+RESIDENT_ON_CPU = ("peak_bytes", "allocated_bytes")
+
+
 def _is_apart(first: pd.DataFrame, others: pd.DataFrame, key: str) -> bool:
     """Whether `first`, which share one value, are known to be best: by the rule of `compare`.
 
-    Counted bytes of one run are exact. A time or rate needs the margin that a run may drift by,
-    from run to run and inside one, and samples that differ, where so many could.
+    Counted bytes of one run are exact, but not a process's resident set. A time or rate needs the
+    margin that a run may drift by, from run to run and inside one, and samples that differ, where
+    so many could.
     """
     value = first[key].iloc[0]
     near = others[(others[key] / value - 1).abs() <= stats.MARGIN]
-    if key.endswith("_bytes"):
+    is_resident = key in RESIDENT_ON_CPU and "cpu" in set(first.get("device", ()))
+    if key.endswith("_bytes") and not is_resident:
         together = pd.concat([first, near])
         return "run" not in together or together["run"].nunique() == 1
     pairs = [(a, b) for _, a in first.iterrows() for _, b in others.iterrows()]

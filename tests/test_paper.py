@@ -798,8 +798,12 @@ def test_every_column_and_panel_that_is_derived_tells_from_what() -> None:
 def test_a_remark_marks_what_is_derived_from_its_metric(metric: str, marked: set[str]) -> None:
     row = pd.Series({"remarks": (Remark("Stale.", ("dense",), (metric,)),)})
     assert {name for name in marked if measurements.is_marked(row, name)} == marked
-    others = {"num_params", "graph_pool_bytes"}
-    assert not any(measurements.is_marked(row, name) for name in others)
+    times, sizes = (
+        {"speedup", "speedup_2d", "floor_share", "faster", "sooner", "tokens_per_s"},
+        {"peak_bytes", "memory_ratio", "state_ratio", "held_bytes", "allocated_ratio"},
+    )
+    for name in {"num_params"} | (times if metric.endswith("_bytes") else sizes):
+        assert not measurements.is_marked(row, name)
 
 
 def test_table3_marks_what_a_remark_is_about(tmp_path) -> None:
@@ -899,6 +903,32 @@ def test_crossings_are_said_as_intervals() -> None:
         pd.DataFrame(rows), "CAT-8", "Dense", "seq_len", "tpot_s", _lines.tokens
     )
     assert text == "higher at 1K, crosses between 1K and 2K, crosses between 2K and 4K"
+
+
+def test_equal_lines_are_neither_higher_nor_lower() -> None:
+    def said(*ratios: float) -> str:
+        rows = [
+            {"run": "0001-a", "label": label, "seq_len": float(x), "status": "ok", "tpot_s": y}
+            for x, ratio in enumerate(ratios, 1)
+            for label, y in (("A", ratio), ("B", 1.0))
+        ]
+        return _one_run.crossing(pd.DataFrame(rows), "A", "B", "seq_len", "tpot_s")
+
+    assert said(1, 0.5, 2) == "lower at 2.0, crosses between 2.0 and 3.0"
+    assert said(1, 0.5) == "lower from 2.0 to 2.0"
+    assert said(1, 1) == "-"
+
+
+def test_out_of_memory_is_a_result_and_does_not_win() -> None:
+    rows = [
+        {
+            "run": "0001-a", "label": label, "batch_size": 256, "seq_len": 4096, "prompt_len": 8,
+            "status": status, "tpot_s": value,
+        }
+        for label, status, value in (("A", "ok", 1.0), ("B", "ok", 2.0), ("C", "oom", None))
+    ]  # fmt: skip
+    (won,) = _one_run.best(pd.DataFrame(rows), "tpot_s")
+    assert (won.label, won.second, won.num_compared) == ("A", "B", 3)
 
 
 def test_names_stand_apart_and_inside() -> None:

@@ -242,6 +242,23 @@ def test_fewer_than_three_samples_have_no_interval(tmp_path) -> None:
     assert text["vs Dense"][1] == "2.00x faster"
 
 
+def test_a_dense_of_another_suite_hides_no_stand_in() -> None:
+    """Attention alone calls its rows Dense, also where a tiny one stands in for it elsewhere."""
+    same = {name: 1 for name in measurements.SAME_SETTING}
+    same |= {"run": "a", "decode_path": "eager", "forward_path": "eager"}
+    rows = pd.DataFrame(
+        [
+            same | {"suite": suite, "label": label, "arch": arch, "latency_s.samples": [1.0] * 3}
+            for suite, label, arch in (
+                ("attention", "Dense", "dense:num_layers=1"),
+                ("efficiency", "Dense (width=64)", "dense:width=64"),
+                ("efficiency", "CAT-8", "cat:width=32"),
+            )
+        ]
+    )
+    assert measurements.dense_of(rows, rows.iloc[2])["label"] == "Dense (width=64)"
+
+
 def test_dense_of_another_setting_is_no_reference(tmp_path) -> None:
     rows = [
         (case("dense", 1), lambda key: timed(key, 4.0, 12.0)),
@@ -392,6 +409,9 @@ def test_a_report_has_one_table_per_suite(tmp_path) -> None:
     assert sorted(suites) == ["efficiency"] * 3 + ["training"]
     with pytest.raises(UserError, match="CSV holds one table, .* suites efficiency, training"):
         report.report_text(runs, "csv")
+    points = [Point("fig2", "Dense", "latency_s", 1.0, "s", "digitised", {})]
+    with pytest.raises(UserError, match="--published has times of generation .* suite training"):
+        report.report_text(runs[1:], "table", points)
 
 
 def test_show_prints_each_suite_of_a_run(tmp_path, capsys) -> None:
@@ -678,6 +698,13 @@ def test_bytes_are_exact_inside_a_run_and_drift_between_runs() -> None:
     assert best_of("peak_bytes", [100.0, 102.0, 50.0], "aba") == nobody
     assert best_of("peak_bytes", [98.0, 102.0, 50.0], "aba") == second
     assert best_of("peak_bytes", [102.0, 102.0, 50.0]) == [True, True, False]
+
+
+def test_a_resident_set_drifts_where_counted_bytes_do_not() -> None:
+    on_cpu = {"device": ["cpu"] * 3}
+    assert best_of("peak_bytes", [100.0, 102.0, 50.0], **on_cpu) == [False] * 3
+    assert best_of("peak_bytes", [98.0, 102.0, 50.0], **on_cpu) == [False, True, False]
+    assert best_of("state_bytes", [100.0, 102.0, 50.0], **on_cpu) == [False, True, False]
 
 
 @pytest.mark.parametrize("runs", ["aaa", "aba"])

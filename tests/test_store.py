@@ -567,6 +567,15 @@ def test_find_below_a_subfolder(results: Path, text: str):
         store.find(results, "none/9")
 
 
+def test_a_run_of_another_folder_is_not_taken_for_one_of_a_subfolder(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Run.create(results / "ab", "before", {})
+    monkeypatch.chdir(results)  # where 0002-fig3 is a path
+    with pytest.raises(UserError, match="no run '0002-fig3' in ab"):
+        store.find(Path(), "ab/0002-fig3")
+
+
 def test_find_refuses_to_guess(results: Path):
     with pytest.raises(UserError, match="several runs: 0002-fig3, 0003-fig3"):
         store.find(results, "fig3")

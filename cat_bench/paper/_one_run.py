@@ -72,7 +72,7 @@ class Best(NamedTuple):
     value: float
     second: str
     margin: stats.Interval  # second / best
-    num_compared: int  # architectures of that run that ended well at this setting
+    num_compared: int  # architectures of that run that ended well at this setting, or out of memory
 
     @property
     def is_clear(self) -> bool:
@@ -91,13 +91,16 @@ def best(rows: pd.DataFrame, metric: str) -> list[Best]:
     under a remark may be among the first two.
     """
     found = []
-    ok = rows[(rows["status"] == "ok") & rows[metric].notna()] if metric in rows else rows.iloc[:0]
-    for setting, part in ok.groupby(SETTING):
+    if metric not in rows:
+        return found
+    ended = rows["status"] == "oom", (rows["status"] == "ok") & rows[metric].notna()
+    for setting, part in rows[ended[0] | ended[1]].groupby(SETTING):
         by_run = dict(list(part.groupby("run")))
         whole = [run for run in by_run if set(by_run[run]["label"]) == set(part["label"])]
         for run in sorted(whole, key=number, reverse=True):
-            ranked = _unmarked(by_run[run], metric).sort_values(metric)
-            if len(ranked) < 2 or _may_be_below(by_run[run], metric, ranked.iloc[1][metric]):
+            ok = by_run[run][by_run[run]["status"] == "ok"]  # who ran out of memory has lost
+            ranked = _unmarked(ok, metric).sort_values(metric)
+            if len(ranked) < 2 or _may_be_below(ok, metric, ranked.iloc[1][metric]):
                 continue
             first, second = ranked.iloc[0], ranked.iloc[1]
             margin = stats.ratio(_samples(second, metric), _samples(first, metric))
@@ -130,11 +133,13 @@ def crossing(
 
     Interpolated linearly in log-log, the point itself would claim more than was measured.
     """
-    gaps = _gaps(rows, subject, reference, x, metric)
-    if len(gaps) < 2:
+    found = _gaps(rows, subject, reference, x, metric)
+    gaps = {x: gap for x, gap in found.items() if gap}
+    if len(found) < 2 or not gaps:
         return "-"
     between = [f"crosses between {write(x0)} and {write(x1)}" for (x0, _), (x1, _) in turns(gaps)]
-    (first, gap), *_, (last, _) = sorted(gaps.items())
+    first, last = min(gaps), max(gaps)
+    gap = gaps[first]
     word = "lower" if gap < 0 else "higher"
     if between:
         return f"{word} at {write(first)}, {', '.join(between)}"
