@@ -118,8 +118,8 @@ def test_hints_show_sensible_numbers() -> None:
         (Options(new_tokens=1, seq_lens=(64,)), "--seq-len and --new-tokens both"),
         (Options(activation_checkpointing=True), "--activation-checkpointing changes training"),
         (Options(step_path="eager"), "--step-path says how a training step is launched"),
-        (Options(forward_path="eager"), "--forward-path says how the forward pass of training"),
-        (Options(implementations=("fused",)), "--implementation chooses among those of attention"),
+        (Options(forward_path="eager"), "--forward-path says how training's forward pass"),
+        (Options(implementations=("fused",)), "--implementation says how attention alone"),
     ],
 )
 def test_bad_options_get_a_sentence(options: Options, said: str) -> None:

@@ -103,6 +103,7 @@ def test_the_forward_path_is_the_first_that_the_source_names(tmp_path: Path) -> 
         (Options(prompt_lens=(8,)), "--prompt-len means nothing"),
         (Options(new_tokens=1), "--new-tokens means nothing"),
         (Options(decode_path="eager"), "--decode-path means nothing"),
+        (Options(implementations=("fused",)), "--implementation means nothing"),
         (Options(step_path="graph"), "--step-path 'graph' is unknown"),
         (Options(step_path="cuda_graph"), "--step-path cuda_graph needs a CUDA GPU, got"),
         (Options(match="latency"), "--match latency matches decoding"),

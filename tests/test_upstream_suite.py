@@ -96,7 +96,7 @@ def test_references_stay_cases_of_efficiency(tmp_path: Path) -> None:
 
 
 def test_a_forward_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--forward-path says how the forward pass"):
+    with pytest.raises(UserError, match="--forward-path says how training's forward pass"):
         pair(write(tmp_path), forward_path="eager")
 
 

@@ -122,7 +122,7 @@ def _check(specs: list[Spec], options: Options) -> None:
         if value is not None:
             raise UserError(f"{flag} means nothing to attention alone.", f"Drop {flag}.")
     check_implementations(options.implementations)
-    efficiency.check_options(specs, options, knows_implementations=True)
+    efficiency.check_options(specs, options)
 
 
 def check_implementations(names: tuple[str, ...] | None) -> None:

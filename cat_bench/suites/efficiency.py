@@ -146,14 +146,15 @@ def _check(specs: list[Spec], options: Options) -> None:
         raise UserError(
             "--activation-checkpointing changes training only.", "Use it with `run training`."
         )
-    for flag, value, what in (
-        ("--step-path", options.step_path, "a training step is launched"),
-        ("--forward-path", options.forward_path, "the forward pass of training is computed"),
+    for flag, value, what, suite in (
+        ("--step-path", options.step_path, "a training step is launched", "training"),
+        ("--forward-path", options.forward_path, "training's forward pass is computed", "training"),
+        ("--implementation", options.implementations, "attention alone is computed", "attention"),
     ):
         if value is not None:
             raise UserError(
                 f"{flag} says how {what}.",
-                "Drop it (--decode-path is for decoding), or use it with `run training`.",
+                f"Drop it (--decode-path is for decoding), or use it with `run {suite}`.",
             )
     if options.seq_lens is not None and options.new_tokens is not None:
         raise UserError(
@@ -169,13 +170,8 @@ def _check(specs: list[Spec], options: Options) -> None:
             )
 
 
-def check_options(specs: list[Spec], options: Options, knows_implementations: bool = False) -> None:
+def check_options(specs: list[Spec], options: Options) -> None:
     """Raises UserError for the first option that makes no sense in any suite that times models."""
-    if options.implementations is not None and not knows_implementations:
-        raise UserError(
-            "--implementation chooses among those of attention alone.",
-            "Drop it, or use it with `run attention`.",
-        )
     if not specs:
         raise UserError("no architecture was given.", "Add one, for example -a dense.")
     if options.device not in GRIDS:

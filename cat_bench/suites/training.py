@@ -128,6 +128,7 @@ def _check(specs: list[Spec], options: Options) -> None:
         ("--prompt-len", options.prompt_lens),
         ("--new-tokens", options.new_tokens),
         ("--decode-path", options.decode_path),
+        ("--implementation", options.implementations),
     ):
         if value is not None:
             raise UserError(f"{flag} means nothing to a training step.", f"Drop {flag}.")
