@@ -45,6 +45,7 @@ _ROW_TYPES = {  # what a row holds, and how an error calls it; `schema` has a ch
     "value": _NUMBER,
     "samples": (list, "a list of numbers"),
 }
+_ENVIRONMENT_TEXTS = ("command", "commit", "cpu_name", "cuda", "driver", "gpu_name", "torch")
 CASE_FIELDS = tuple(field.name for field in fields(Case))
 
 
@@ -85,7 +86,7 @@ class Run:
                 f"{path} is not a run folder: there is no such folder.",
                 "`cat-bench list runs` shows the runs.",
             )
-        run = cls(path, _read_json(path / "environment.json"))
+        run = cls(path, _read_environment(path / "environment.json"))
         run._plan()  # a broken plan is reported before anything is measured
         return run
 
@@ -97,7 +98,7 @@ class Run:
     def environments(self) -> dict[str, dict[str, Any]]:
         """Every environment of this run by hash: the first, and one per resume that differs."""
         paths = sorted(self.path.glob("environment*.json"))
-        return {digest(environment): environment for environment in map(_read_json, paths)}
+        return {digest(environment): environment for environment in map(_read_environment, paths)}
 
     def resume_under(self, environment: Mapping[str, Any]) -> None:
         """Keep a resume's own environment (other clocks, command line) beside the first one.
@@ -347,6 +348,18 @@ def _check_types(row: dict[str, Any]) -> None:
     for sample in row["samples"]:
         if not isinstance(sample, _NUMBER[0]):
             raise ValueError(f"samples hold {sample!r}, expected a list of numbers")
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    """Raises UserError where a field that tables print is no text."""
+    environment = _read_json(path)
+    for name in _ENVIRONMENT_TEXTS:
+        if not isinstance(environment.get(name), str | None):
+            raise UserError(
+                f"{path} has {name} {environment[name]!r}, expected a text or null.",
+                "Restore the file (git, backup), or start a new run.",
+            )
+    return environment
 
 
 def _check_resolved(entry: Any, where: str) -> None:

@@ -308,6 +308,15 @@ def test_a_plan_that_resolved_to_something_else_is_refused(run: Run, entry: obje
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("field", ["torch", "commit", "gpu_name", "command"])
+def test_an_environment_of_another_type_is_refused(run: Run, field: str):
+    path = run.path / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: 5}))
+    with pytest.raises(UserError, match=rf"environment\.json has {field} 5, expected a text") as e:
+        Run.open(run.path)
+    assert e.value.hint
+
+
 @pytest.mark.parametrize("schema, words", [(99, "newer cat-bench: schema 99"), ("1", "'1'")])
 def test_a_row_of_another_schema_is_refused(run: Run, schema: object, words: str):
     run.append(rows())
@@ -433,7 +442,7 @@ def test_rows_keep_the_key_that_they_were_run_with(run: Run):
 
 def test_a_resume_keeps_both_environments(run: Run):
     run.append(rows())
-    later = {**ENVIRONMENT, "command": ["cat-bench", "run", "--resume", "1"]}
+    later = {**ENVIRONMENT, "command": "cat-bench run --resume 1"}
     again = Run.open(run.path)
     again.resume_under(later)
     again.append(rows(DENSE))
