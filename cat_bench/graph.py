@@ -117,7 +117,7 @@ def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
 
 
 # Linear layers of a step. One row is a matter of memory and launches alone, and has kernels of its
-# own; so have 2 to 16 rows, and SwiGLU of some hundreds, in bfloat16 on Hopper GPUs. Elsewhere
+# own; so have 2 to 16 rows, and some hundreds or more, in bfloat16 on Hopper GPUs. Elsewhere
 # cuBLAS is as fast (docs/performance.md).
 
 
@@ -130,6 +130,8 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None 
     h = rms_norm(x, norm)
     if products.takes_few(h, weight):
         return products.linear(h, weight, out)
+    if products.takes_many(h, weight, out):
+        return products.many(h, weight, out)
     return torch.mm(h, weight.T, out=out)
 
 
@@ -142,8 +144,8 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
     h = rms_norm(x, norm)
     if products.takes_few(h, gate_up):
         return products.swiglu_of_few(h, gate_up)
-    if products.takes_swiglu(h, gate_up):
-        return products.swiglu(h, gate_up)
+    if products.takes_many(h, gate_up, swiglu=True):
+        return products.many(h, gate_up, swiglu=True)
     return kernels.swiglu(F.linear(h, gate_up))
 
 
@@ -156,6 +158,8 @@ def add_linear_(x: Tensor, o: Tensor, weight: Tensor, norm: nn.RMSNorm | None = 
     o = o if norm is None else rms_norm(o, norm)
     if products.takes_few(o, weight):
         return products.add_linear_(x, o, weight)
+    if products.takes_many(o, weight, x):
+        return products.many(o, weight, x, add=True)
     return x.addmm_(o, weight.T)  # the residual rides in the matmul's epilogue
 
 

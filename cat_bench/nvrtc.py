@@ -15,6 +15,8 @@ from torch import Tensor
 
 from cat_bench.errors import UserError
 
+SWIZZLES = {32: 2, 64: 3}  # of 64 and of 128 bytes: a box's columns, the driver's number
+
 
 class Kernel(NamedTuple):
     """A function loaded into the context of one device, and its dynamic shared memory."""
@@ -122,7 +124,8 @@ def tensor_map(
 ) -> ctypes.Array:
     """What the copy engine must know of a bfloat16 matrix (rows, columns), to copy boxes of it.
 
-    The matrix and its rows begin at multiples of 16 bytes. 128 bytes, from `aligned` on.
+    The matrix and its rows begin at multiples of 16 bytes; a box has 32 or 64 columns. 128 bytes,
+    from `aligned` on.
     """
     memory = (ctypes.c_uint64 * 24)()
     sizes = (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0])
@@ -130,7 +133,7 @@ def tensor_map(
     box, ones = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     status = driver.cuTensorMapEncodeTiled(
         ctypes.c_void_p(aligned(memory)), 9, 2, ctypes.c_void_p(matrix.data_ptr()),  # 9: bfloat16
-        sizes, strides, box, ones, 0, 3, 3, 0,  # swizzle 128 bytes, L2 fetches 256, zeros outside
+        sizes, strides, box, ones, 0, SWIZZLES[box_columns], 3, 0,  # L2 fetches 256, zeros outside
     )  # fmt: skip
     check(status, "cuTensorMapEncodeTiled")
     return memory

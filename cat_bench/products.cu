@@ -5,7 +5,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-constexpr int BK = 64;    // inputs in a tile: rows of 128 bytes, the width of a swizzle
+// BK: inputs in a tile, rows of 2 BK bytes, the width of a swizzle
 constexpr int WARPS = 8;  // that multiply
 
 // d (64, n) = or += a (64, 16) b^T, b (n, 16): bfloat16 in shared memory, sums in float32.
@@ -54,9 +54,10 @@ __device__ __forceinline__ void meet_after_writing() {  // and what they wrote i
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
     ::: "memory");
 }
-// Of a matrix in rows of 128 bytes, swizzled as the copy engine writes them.
+// Of a matrix in rows of 2 BK bytes, swizzled as the copy engine writes them: eight rows apart
+// lie 16 BK bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+  return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | (u64)BK << 32 | (BK == 64 ? 1ull : 2ull) << 62;
 }
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 both;
@@ -70,7 +71,7 @@ __device__ __forceinline__ float rounded(float x) {
 }
 __device__ __forceinline__ float swiglu(float gate, float up) {
   const float g = rounded(gate);
-  return g / (1.f + __expf(-g)) * rounded(up);
+  return __fdividef(g, 1.f + __expf(-g)) * rounded(up);  // one rounding less exact, a tenth of the time
 }
 // One thread fills the ring with tiles 0 .. iterations - 1: those of W that fit before the kernel
 // ahead has ended, of x after, the rest as the stages get empty.
@@ -85,5 +86,36 @@ __device__ __forceinline__ void feed(int iterations, u32 empty, LoadW load_w, Lo
     wait(empty + 8 * s, (i / STAGES - 1) & 1);
     load_w(i, s);
     load_x(i, s);
+  }
+}
+
+// The partner's first for our second, or our first for its second.
+__device__ __forceinline__ void exchange(u32& first, u32& second, bool give_first, int partner) {
+  const u32 got = __shfl_xor_sync(0xFFFFFFFF, give_first ? first : second, partner);
+  first = give_first ? got : first;
+  second = give_first ? second : got;
+}
+// Each of four neighbouring threads t holds, of four blocks of 8 columns, columns 2 t and 2 t + 1 (a
+// pair in bfloat16). After it thread t holds block t, all 8 columns: 16 bytes to store at once.
+__device__ __forceinline__ void transpose(u32 (&pair)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  #pragma unroll
+  for (int i = 0; i < 4; i += 2) exchange(pair[i], pair[i + 1], odd, 1);
+  #pragma unroll
+  for (int i = 0; i < 2; i++) exchange(pair[i], pair[i + 2], high, 2);
+}
+// Stores BLOCKS blocks of 8 columns of one row, `pair(j)` this thread's two columns of block j. All
+// threads of a warp call it; `out` is the row's first column here, of which `columns` are inside.
+template <int BLOCKS, typename Pair>
+__device__ __forceinline__ void store_row(u16* out, int columns, bool inside, Pair pair) {
+  const int mine = threadIdx.x % 4;
+  #pragma unroll
+  for (int j = 0; j < BLOCKS; j += 4) {
+    u32 v[4];
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = j + i < BLOCKS ? pair(j + i) : 0;
+    transpose(v);
+    if (inside && j + mine < BLOCKS && (j + mine) * 8 < columns)
+      *(uint4*)(out + (j + mine) * 8) = make_uint4(v[0], v[1], v[2], v[3]);
   }
 }

@@ -1,8 +1,8 @@
-"""Linear layers of 2 to 16 rows, and SwiGLU of a few hundred, on Hopper GPUs in bfloat16.
+"""Linear layers of 2 to 16 rows and of some hundreds or more, on Hopper GPUs in bfloat16.
 
 In CUDA: few_rows.cu reads weights into shared memory before the kernel ahead has ended and splits
-a reduction over a cluster, which Triton cannot; swiglu_rows.cu has tiles that fill the
-multiprocessors, where cuBLAS's fill two thirds, and does SwiGLU in the same launch. products.cu is
+a reduction over a cluster, which Triton cannot; many_rows.cu has tiles that fill the
+multiprocessors, where cuBLAS's often do not, and does SwiGLU in the same launch. products.cu is
 what both share. References: graph.norm_linear, graph.norm_swiglu and graph.add_linear_ of other
 numbers of rows: one is for vector_kernels.py, the rest for cuBLAS.
 
@@ -21,8 +21,13 @@ from torch import Tensor
 from cat_bench import nvrtc
 
 BLOCK_K = 64  # inputs in a tile: 128 bytes, the width of the copy engine's swizzle
+MANY_K = 32  # of many rows: a ring of smaller stages has less of it held by products under way
+MIN_MANY = 224  # rows: below, cuBLAS is as good
+MAX_COLUMNS = {1: 256, 2: 192}  # in tiles of 128 and 256 rows: their sums lie in registers
+STORING_CLOCKS = 4000  # of a tile, while the tensor cores wait
+PRODUCTS_PER_CLOCK = 2048  # of bfloat16 on a multiprocessor
+MIN_USED = 0.65  # of the tensor cores' time: below, cuBLAS is as good
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
-MIN_FILLED = 7 / 8  # of the rows in tiles, and of the multiprocessors: below, cuBLAS is as good
 MAX_FEW = 16  # rows: at 64 cuBLAS is as good (docs/performance.md)
 FEW_CTAS = 84  # that read weights, at least, where the reduction can be split so far
 
@@ -80,7 +85,7 @@ def few_tiling(num_rows: int, num_weight_rows: int, width: int) -> FewTiling:
     # A long ring holds most of a tile before x is there. With little to read a short one is faster,
     # and it leaves room for a second CTA, where there are more of them than multiprocessors.
     ring = 100 * 1024 if splits == 8 or tiles * splits > 128 else 200 * 1024
-    stage = stage_bytes(128 + rows)
+    stage = stage_bytes(128 + rows, BLOCK_K)
     return FewTiling(rows, splits, max(2, min(-(-steps // splits), ring // stage)))
 
 
@@ -89,12 +94,12 @@ def launch_few(
 ) -> Tensor:
     (num_rows, width), num_weight_rows = x.shape, len(weight)
     rows, splits, stages = few_tiling(num_rows, num_weight_rows, width)
-    stage = stage_bytes(128 + rows)
+    stage = stage_bytes(128 + rows, BLOCK_K)
     shared = stages * (stage + 16) + 1024  # the ring, later the sums, begins at a multiple of 1024
     assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 4 == 0, "stored by fours"
     defines = (
         ("K", width), ("N", num_weight_rows), ("R", rows), ("SPLITS", splits), ("STAGES", stages),
-        ("SWIGLU", int(swiglu)), ("ADD", int(add)),
+        ("SWIGLU", int(swiglu)), ("ADD", int(add)), ("BK", BLOCK_K),
     )  # fmt: skip
     with torch.cuda.device(x.device):
         kernel = load(x.device, "few_rows", shared, rows, defines)
@@ -105,41 +110,63 @@ def launch_few(
 
 
 class Tiling(NamedTuple):
-    """A CTA's tile: 128 `height` rows of x by `columns` of W, half gate and half up."""
+    """Tiles of 128 `height` rows of x by `columns` rows of W, and how many programs share them."""
 
     height: int
     columns: int
-    row_tiles: int  # even: clusters are pairs of them
+    num_programs: int
     stages: int
 
 
-def tiling(num_rows: int, num_outputs: int, width: int, processors: int) -> Tiling | None:
-    """Tiles that one wave of CTAs computes and that waste little, or None."""
+def tiling(
+    num_rows: int, num_outputs: int, width: int, processors: int, swiglu: bool = False
+) -> Tiling | None:
+    """The tiles that take least time, if the tensor cores have enough to do, or None."""
+    found = []
     for height in (1, 2):
-        row_tiles = 2 * -(-num_rows // (256 * height))
-        if num_rows < MIN_FILLED * row_tiles * 128 * height:
-            continue
-        for half in range(88, 31, -8):
-            num_programs = row_tiles * num_outputs // half
-            filled = MIN_FILLED * processors <= num_programs <= processors
-            if num_outputs % half == 0 and width % BLOCK_K == 0 and filled:
-                stage = stage_bytes(128 * height + 2 * half)
-                stages = (SHARED_BYTES - 2048) // stage
-                return Tiling(height, 2 * half, row_tiles, min(8, stages))
-    return None
+        for columns in range(96, MAX_COLUMNS[height] + 1, 16):
+            outputs = columns // 2 if swiglu else columns
+            num_tiles = -(-num_rows // (128 * height)) * -(-num_outputs // outputs)
+            waves = -(-num_tiles // processors)
+            clocks = waves * (width / 64 * clocks_of(height, columns) + STORING_CLOCKS)
+            found.append((clocks, height, columns, min(num_tiles, processors)))
+    clocks, height, columns, num_programs = min(found)
+    products = num_rows * num_outputs * width * (2 if swiglu else 1)
+    if products < MIN_USED * clocks * processors * PRODUCTS_PER_CLOCK:
+        return None
+    stage = stage_bytes(128 * height + columns, MANY_K)
+    return Tiling(height, columns, num_programs, (SHARED_BYTES - 2048) // stage)
 
 
-def takes_swiglu(x: Tensor, gate_up: Tensor) -> bool:
-    """Whether `swiglu` is for x (b, d) and gate_up (2 n, d): a shape with a `tiling`."""
-    if not fit_for_copies(x, gate_up):
+def clocks_of(height: int, columns: int) -> int:
+    """Of a multiprocessor for 64 inputs: its tensor cores, or its shared memory at 128 bytes a
+    clock, into which every tile is written once and from which two warp groups read.
+    """
+    tensor_cores = 64 * 128 * height * columns // PRODUCTS_PER_CLOCK
+    written, read = 128 * height + columns, height * (128 + 2 * columns)
+    return max(tensor_cores, written + read)
+
+
+def takes_many(x: Tensor, weight: Tensor, out: Tensor | None = None, swiglu: bool = False) -> bool:
+    """Whether `many` is for x (b, d), weight (n, d), of gate and up (2 n, d), and out (b, n)."""
+    if len(x) < MIN_MANY or len(weight) % 16:
         return False
-    return tiling_on(x.device, len(x), len(gate_up) // 2, x.shape[1]) is not None
+    if not fit_for_copies(x, weight, *([] if out is None else [out])):
+        return False
+    return tiling_on(x.device, len(x), *outputs_of(weight, swiglu), swiglu) is not None
 
 
 @cache
-def tiling_on(device: torch.device, num_rows: int, num_outputs: int, width: int) -> Tiling | None:
+def tiling_on(
+    device: torch.device, num_rows: int, num_outputs: int, width: int, swiglu: bool = False
+) -> Tiling | None:
     count = num_processors(device)
-    return tiling(num_rows, num_outputs, width, count) if count else None
+    return tiling(num_rows, num_outputs, width, count, swiglu) if count else None
+
+
+def outputs_of(weight: Tensor, swiglu: bool) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return len(weight) // (2 if swiglu else 1), weight.shape[1]
 
 
 @cache
@@ -150,36 +177,39 @@ def num_processors(device: torch.device) -> int:
     return gpu.multi_processor_count if hopper else 0
 
 
-def swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up (2 n, d) times x (b, d) -> (b, n). Contiguous; inference only."""
-    (num_rows, width), num_outputs = x.shape, len(gate_up) // 2
-    tile = tiling_on(x.device, num_rows, num_outputs, width)
-    assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes_swiglu() first"
-    return launch_swiglu(tile, x, gate_up, x.new_empty(num_rows, num_outputs))
-
-
-def launch_swiglu(tile: Tiling, x: Tensor, gate_up: Tensor, out: Tensor) -> Tensor:
-    (num_rows, width), num_outputs = x.shape, len(gate_up) // 2
-    stage = stage_bytes(128 * tile.height + tile.columns)
+def many(
+    x: Tensor, weight: Tensor, out: Tensor | None = None, add: bool = False, swiglu: bool = False
+) -> Tensor:
+    """x W^T of hundreds of rows or more -> (b, n), in `out` if given; `add`: added to `out`;
+    `swiglu`: silu(gate) * up of weight (2 n, d).
+    """
+    num_outputs, width = outputs_of(weight, swiglu)
+    tile = tiling_on(x.device, len(x), num_outputs, width, swiglu)
+    assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes_many() first"
+    out = x.new_empty(len(x), num_outputs) if out is None else out
+    assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 8 == 0, (
+        "stored by eights"
+    )
     defines = (
-        ("K", width), ("HALF", num_outputs), ("BN", tile.columns), ("MI", tile.height),
-        ("STAGES", tile.stages),
+        ("K", width), ("N", num_outputs), ("MI", tile.height), ("BN", tile.columns),
+        ("STAGES", tile.stages), ("SWIGLU", int(swiglu)), ("ADD", int(add)), ("BK", MANY_K),
     )  # fmt: skip
+    stage = stage_bytes(128 * tile.height + tile.columns, MANY_K)
     shared = tile.stages * (stage + 16) + 1024  # the ring begins at a multiple of 1024
     with torch.cuda.device(x.device):
-        kernel = load(x.device, "swiglu_rows", shared, tile.columns, defines)
+        kernel = load(x.device, "many_rows", shared, tile.columns, defines)
         maps = (
-            tile_map(kernel, x, 128 * tile.height),
-            tile_map(kernel, gate_up, tile.columns // 2),
+            nvrtc.tensor_map(kernel.driver, x, 128 * tile.height, MANY_K),
+            nvrtc.tensor_map(kernel.driver, weight, tile.columns // 2, MANY_K),
         )
-        grid = (2 * num_outputs // tile.columns, tile.row_tiles, 1)
-        kernel.launch(grid, (1, 2, 1), maps, out, num_rows)
+        grid = (tile.num_programs, 1, 1)
+        kernel.launch(grid, (1, 1, 1), maps, out, len(x), out.stride(0))
     return out
 
 
-def stage_bytes(num_rows: int) -> int:
-    """Of so many rows of x and W together: BLOCK_K of each row in bfloat16."""
-    return num_rows * BLOCK_K * 2
+def stage_bytes(num_rows: int, inputs: int) -> int:
+    """Of so many rows of x and W together, so many inputs of each row in bfloat16."""
+    return num_rows * inputs * 2
 
 
 def load(
