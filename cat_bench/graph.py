@@ -127,11 +127,11 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None 
 
     if len(x) == 1:
         return vector_kernels.linear(x, weight, norm)
+    if products.takes_many(x, norm.weight, weight, out):
+        return products.norm_many(x, norm.weight, eps_of(norm), weight, out)
     h = rms_norm(x, norm)
     if products.takes_few(h, weight):
         return products.linear(h, weight, out)
-    if products.takes_many(h, weight, out):
-        return products.many(h, weight, out)
     return torch.mm(h, weight.T, out=out)
 
 
@@ -141,11 +141,11 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
 
     if len(x) == 1:
         return vector_kernels.swiglu(x, norm, gate_up)
+    if products.takes_many(x, norm.weight, gate_up, swiglu=True):
+        return products.norm_many(x, norm.weight, eps_of(norm), gate_up, swiglu=True)
     h = rms_norm(x, norm)
     if products.takes_few(h, gate_up):
         return products.swiglu_of_few(h, gate_up)
-    if products.takes_many(h, gate_up, swiglu=True):
-        return products.many(h, gate_up, swiglu=True)
     return kernels.swiglu(F.linear(h, gate_up))
 
 
@@ -158,8 +158,6 @@ def add_linear_(x: Tensor, o: Tensor, weight: Tensor, norm: nn.RMSNorm | None = 
     o = o if norm is None else rms_norm(o, norm)
     if products.takes_few(o, weight):
         return products.add_linear_(x, o, weight)
-    if products.takes_many(o, weight, x):
-        return products.many(o, weight, x, add=True)
     return x.addmm_(o, weight.T)  # the residual rides in the matmul's epilogue
 
 

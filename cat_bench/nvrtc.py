@@ -15,8 +15,6 @@ from torch import Tensor
 
 from cat_bench.errors import UserError
 
-SWIZZLES = {32: 2, 64: 3}  # of 64 and of 128 bytes: a box's columns, the driver's number
-
 
 class Kernel(NamedTuple):
     """A function loaded into the context of one device, and its dynamic shared memory."""
@@ -30,16 +28,14 @@ class Kernel(NamedTuple):
         grid: tuple[int, int, int],
         cluster: tuple[int, int, int],
         maps: Sequence[ctypes.Array],
-        out: Tensor,
-        *numbers: int,
+        *others: Tensor | float | None,
     ) -> None:
         """384 threads a CTA, on the current stream; may start before the kernel ahead has ended.
 
-        Arguments of the kernel: `maps`, `out`, `numbers` (int).
+        Arguments of the kernel: `maps`, then `others`: pointers (None: null), int and float.
         """
-        pointer, integers = ctypes.c_void_p(out.data_ptr()), [ctypes.c_int(n) for n in numbers]
-        addresses = [ctypes.addressof(value) for value in (pointer, *integers)]
-        values = [*(aligned(m) for m in maps), *addresses]
+        passed = [as_argument(other) for other in others]
+        values = [*(aligned(m) for m in maps), *(ctypes.addressof(value) for value in passed)]
         attributes = (Attribute * 2)()
         attributes[0].id, attributes[0].value[:3] = 4, cluster  # the cluster's size
         attributes[1].id, attributes[1].value[0] = 6, 1  # programmatic dependent launch
@@ -50,6 +46,12 @@ class Kernel(NamedTuple):
         arguments = (ctypes.c_void_p * len(values))(*values)
         status = self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None)
         check(status, "cuLaunchKernelEx")
+
+
+def as_argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 @cache
@@ -124,8 +126,7 @@ def tensor_map(
 ) -> ctypes.Array:
     """What the copy engine must know of a bfloat16 matrix (rows, columns), to copy boxes of it.
 
-    The matrix and its rows begin at multiples of 16 bytes; a box has 32 or 64 columns. 128 bytes,
-    from `aligned` on.
+    The matrix and its rows begin at multiples of 16 bytes. 128 bytes, from `aligned` on.
     """
     memory = (ctypes.c_uint64 * 24)()
     sizes = (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0])
@@ -133,7 +134,7 @@ def tensor_map(
     box, ones = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     status = driver.cuTensorMapEncodeTiled(
         ctypes.c_void_p(aligned(memory)), 9, 2, ctypes.c_void_p(matrix.data_ptr()),  # 9: bfloat16
-        sizes, strides, box, ones, 0, SWIZZLES[box_columns], 3, 0,  # L2 fetches 256, zeros outside
+        sizes, strides, box, ones, 0, 3, 3, 0,  # swizzle 128 bytes, L2 fetches 256, zeros outside
     )  # fmt: skip
     check(status, "cuTensorMapEncodeTiled")
     return memory

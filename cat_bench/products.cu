@@ -5,11 +5,11 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-// BK: inputs in a tile, rows of 2 BK bytes, the width of a swizzle
+constexpr int BK = 64;    // inputs in a tile, rows of 128 bytes: the width of the swizzle
 constexpr int WARPS = 8;  // that multiply
 
-// d (64, n) = or += a (64, 16) b^T, b (n, 16): bfloat16 in shared memory, sums in float32.
-// Written by products.py for this kernel's n.
+// d (64, n) = or += a (64, 16) b^T, b (n, 16): bfloat16, b in shared memory, a there or in registers,
+// sums in float32. Written by products.py for this kernel's n.
 @WGMMA@
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -54,10 +54,20 @@ __device__ __forceinline__ void meet_after_writing() {  // and what they wrote i
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
     ::: "memory");
 }
-// Of a matrix in rows of 2 BK bytes, swizzled as the copy engine writes them: eight rows apart
-// lie 16 BK bytes.
+// Of a matrix in rows of 128 bytes, swizzled as the copy engine writes them.
 __device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | (u64)BK << 32 | (BK == 64 ? 1ull : 2ull) << 62;
+  return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+// Four matrices of 8 rows of 16 bytes, as a warp holds `a` (16, 16) for the tensor cores: lane l
+// points at row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
+}
+// Of the four neighbouring threads that share a row.
+__device__ __forceinline__ float of_row(float x) {
+  x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
 }
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 both;

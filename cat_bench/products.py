@@ -2,9 +2,9 @@
 
 In CUDA: few_rows.cu reads weights into shared memory before the kernel ahead has ended and splits
 a reduction over a cluster, which Triton cannot; many_rows.cu has tiles that fill the
-multiprocessors, where cuBLAS's often do not, and does SwiGLU in the same launch. products.cu is
-what both share. References: graph.norm_linear, graph.norm_swiglu and graph.add_linear_ of other
-numbers of rows: one is for vector_kernels.py, the rest for cuBLAS.
+multiprocessors, where cuBLAS's often do not, and does the norm before and SwiGLU behind in the same
+launch. products.cu is what both share. References: graph.norm_linear, graph.norm_swiglu and
+graph.add_linear_ of other numbers of rows: one is for vector_kernels.py, the rest for cuBLAS.
 
 Every function reads weights before the kernel ahead has ended: that must not have written them.
 Shapes: b rows, d inputs, n outputs.
@@ -21,13 +21,15 @@ from torch import Tensor
 from cat_bench import nvrtc
 
 BLOCK_K = 64  # inputs in a tile: 128 bytes, the width of the copy engine's swizzle
-MANY_K = 32  # of many rows: a ring of smaller stages has less of it held by products under way
-MIN_MANY = 224  # rows: below, cuBLAS is as good
+MIN_SWIGLU, MIN_LINEAR = 224, 2048  # rows: below, cuBLAS is as good
 MAX_COLUMNS = {1: 256, 2: 192}  # in tiles of 128 and 256 rows: their sums lie in registers
 STORING_CLOCKS = 4000  # of a tile, while the tensor cores wait
+NORM_CLOCKS = 3500  # of a launch of its own, and its traffic
+BYTES_PER_CLOCK = 1700
 PRODUCTS_PER_CLOCK = 2048  # of bfloat16 on a multiprocessor
-MIN_USED = 0.65  # of the tensor cores' time: below, cuBLAS is as good
+MIN_USED = 0.5  # of the tensor cores' time: below, cuBLAS is as good
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
+MAX_STAGES = 8  # of many rows' ring
 MAX_FEW = 16  # rows: at 64 cuBLAS is as good (docs/performance.md)
 FEW_CTAS = 84  # that read weights, at least, where the reduction can be split so far
 
@@ -85,7 +87,7 @@ def few_tiling(num_rows: int, num_weight_rows: int, width: int) -> FewTiling:
     # A long ring holds most of a tile before x is there. With little to read a short one is faster,
     # and it leaves room for a second CTA, where there are more of them than multiprocessors.
     ring = 100 * 1024 if splits == 8 or tiles * splits > 128 else 200 * 1024
-    stage = stage_bytes(128 + rows, BLOCK_K)
+    stage = stage_bytes(128 + rows)
     return FewTiling(rows, splits, max(2, min(-(-steps // splits), ring // stage)))
 
 
@@ -94,12 +96,12 @@ def launch_few(
 ) -> Tensor:
     (num_rows, width), num_weight_rows = x.shape, len(weight)
     rows, splits, stages = few_tiling(num_rows, num_weight_rows, width)
-    stage = stage_bytes(128 + rows, BLOCK_K)
+    stage = stage_bytes(128 + rows)
     shared = stages * (stage + 16) + 1024  # the ring, later the sums, begins at a multiple of 1024
     assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 4 == 0, "stored by fours"
     defines = (
         ("K", width), ("N", num_weight_rows), ("R", rows), ("SPLITS", splits), ("STAGES", stages),
-        ("SWIGLU", int(swiglu)), ("ADD", int(add)), ("BK", BLOCK_K),
+        ("SWIGLU", int(swiglu)), ("ADD", int(add)),
     )  # fmt: skip
     with torch.cuda.device(x.device):
         kernel = load(x.device, "few_rows", shared, rows, defines)
@@ -110,32 +112,43 @@ def launch_few(
 
 
 class Tiling(NamedTuple):
-    """Tiles of 128 `height` rows of x by `columns` rows of W, and how many programs share them."""
+    """Tiles of 128 `height` rows of x by `columns` rows of W, and how many programs share them.
+
+    `norm`: done on the way, which only a height of 1 leaves registers for. `paired`: the two
+    programs of a cluster have the same columns and ask for half of W each.
+    """
 
     height: int
     columns: int
     num_programs: int
     stages: int
+    norm: bool
+    paired: bool
 
 
 def tiling(
     num_rows: int, num_outputs: int, width: int, processors: int, swiglu: bool = False
 ) -> Tiling | None:
-    """The tiles that take least time, if the tensor cores have enough to do, or None."""
+    """The tiles that take least time, the norm's included, or None where cuBLAS takes less."""
     found = []
-    for height in (1, 2):
-        for columns in range(96, MAX_COLUMNS[height] + 1, 16):
+    for height, norm in ((1, True), (1, False), (2, False)):
+        if not (norm or swiglu):
+            continue  # a plain product without its norm is cuBLAS's
+        for columns in range(96, MAX_COLUMNS[height] + 1, 32):
             outputs = columns // 2 if swiglu else columns
-            num_tiles = -(-num_rows // (128 * height)) * -(-num_outputs // outputs)
-            waves = -(-num_tiles // processors)
+            num_pairs = -(-num_rows // (256 * height)) * -(-num_outputs // outputs)
+            waves = -(-num_pairs // (processors // 2))
             clocks = waves * (width / 64 * clocks_of(height, columns) + STORING_CLOCKS)
-            found.append((clocks, height, columns, min(num_tiles, processors)))
-    clocks, height, columns, num_programs = min(found)
+            before = 0 if norm else NORM_CLOCKS + num_rows * width * 4 / BYTES_PER_CLOCK
+            num_programs = 2 * min(num_pairs, processors // 2)
+            found.append((clocks + before, height, columns, norm, num_programs))
+    clocks, height, columns, norm, num_programs = min(found)
     products = num_rows * num_outputs * width * (2 if swiglu else 1)
     if products < MIN_USED * clocks * processors * PRODUCTS_PER_CLOCK:
         return None
-    stage = stage_bytes(128 * height + columns, MANY_K)
-    return Tiling(height, columns, num_programs, (SHARED_BYTES - 2048) // stage)
+    ring = SHARED_BYTES - 2048 - (2 * (width + BLOCK_K) if norm else 0)
+    stages = min(MAX_STAGES, ring // (stage_bytes(128 * height + columns) + 16))
+    return Tiling(height, columns, num_programs, stages, norm, True) if stages >= 2 else None
 
 
 def clocks_of(height: int, columns: int) -> int:
@@ -147,11 +160,17 @@ def clocks_of(height: int, columns: int) -> int:
     return max(tensor_cores, written + read)
 
 
-def takes_many(x: Tensor, weight: Tensor, out: Tensor | None = None, swiglu: bool = False) -> bool:
-    """Whether `many` is for x (b, d), weight (n, d), of gate and up (2 n, d), and out (b, n)."""
-    if len(x) < MIN_MANY or len(weight) % 16:
+def takes_many(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    out: Tensor | None = None,
+    swiglu: bool = False,
+) -> bool:
+    """Whether `norm_many` is for these, shaped as there."""
+    if len(x) < (MIN_SWIGLU if swiglu else MIN_LINEAR) or len(weight) % 16:
         return False
-    if not fit_for_copies(x, weight, *([] if out is None else [out])):
+    if not fit_for_copies(x, norm_weight[None], weight, *([] if out is None else [out])):
         return False
     return tiling_on(x.device, len(x), *outputs_of(weight, swiglu), swiglu) is not None
 
@@ -177,39 +196,51 @@ def num_processors(device: torch.device) -> int:
     return gpu.multi_processor_count if hopper else 0
 
 
-def many(
-    x: Tensor, weight: Tensor, out: Tensor | None = None, add: bool = False, swiglu: bool = False
+def norm_many(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    out: Tensor | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
-    """x W^T of hundreds of rows or more -> (b, n), in `out` if given; `add`: added to `out`;
-    `swiglu`: silu(gate) * up of weight (2 n, d).
+    """W RMSNorm(x) of hundreds of rows or more -> (b, n), in `out` if given. x (b, d), norm_weight
+    (d,), weight (n, d); `swiglu`: silu(gate) * up of weight (2 n, d).
     """
+    from cat_bench import kernels
+
     num_outputs, width = outputs_of(weight, swiglu)
     tile = tiling_on(x.device, len(x), num_outputs, width, swiglu)
     assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes_many() first"
+    if not tile.norm:
+        x = kernels.rms_norm(x, norm_weight, eps)
     out = x.new_empty(len(x), num_outputs) if out is None else out
     assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 8 == 0, (
         "stored by eights"
     )
     defines = (
         ("K", width), ("N", num_outputs), ("MI", tile.height), ("BN", tile.columns),
-        ("STAGES", tile.stages), ("SWIGLU", int(swiglu)), ("ADD", int(add)), ("BK", MANY_K),
+        ("STAGES", tile.stages), ("SWIGLU", int(swiglu)), ("NORM", int(tile.norm)),
+        ("PAIR", int(tile.paired)),
     )  # fmt: skip
-    stage = stage_bytes(128 * tile.height + tile.columns, MANY_K)
-    shared = tile.stages * (stage + 16) + 1024  # the ring begins at a multiple of 1024
     with torch.cuda.device(x.device):
-        kernel = load(x.device, "many_rows", shared, tile.columns, defines)
-        maps = (
-            nvrtc.tensor_map(kernel.driver, x, 128 * tile.height, MANY_K),
-            nvrtc.tensor_map(kernel.driver, weight, tile.columns // 2, MANY_K),
-        )
+        kernel = load(x.device, "many_rows", many_bytes(tile, width), tile.columns, defines)
+        maps = tile_map(kernel, x, 128 * tile.height), tile_map(kernel, weight, tile.columns // 2)
         grid = (tile.num_programs, 1, 1)
-        kernel.launch(grid, (1, 1, 1), maps, out, len(x), out.stride(0))
+        cluster = (2 if tile.paired else 1, 1, 1)
+        kernel.launch(grid, cluster, maps, out, norm_weight, eps, len(x), out.stride(0))
     return out
 
 
-def stage_bytes(num_rows: int, inputs: int) -> int:
-    """Of so many rows of x and W together, so many inputs of each row in bfloat16."""
-    return num_rows * inputs * 2
+def many_bytes(tile: Tiling, width: int) -> int:
+    """Of shared memory: the ring, which begins at a multiple of 1024, and the norm's weight."""
+    ring = tile.stages * (stage_bytes(128 * tile.height + tile.columns) + 16)
+    return 1024 + ring + (-(-width // BLOCK_K) * BLOCK_K * 2 if tile.norm else 0)
+
+
+def stage_bytes(num_rows: int) -> int:
+    """Of so many rows of x and W together, 64 inputs of each in bfloat16."""
+    return num_rows * BLOCK_K * 2
 
 
 def load(
@@ -236,12 +267,24 @@ def tile_map(kernel: nvrtc.Kernel, matrix: Tensor, rows: int) -> ctypes.Array:
 
 
 def wgmma(columns: int) -> str:
-    """The tensor cores' instruction for a tile of 64 rows: its length depends on the columns."""
+    """The tensor cores' instruction for a tile of 64 rows, which lies in shared memory or in
+    registers: its length depends on the columns.
+    """
+    count = columns // 2
+    descriptor = instruction(columns, "u64 a", f"%{count}", '"l"(a)', count + 1, "1, 1, 0, 0")
+    four = ", ".join(f"%{count + i}" for i in range(4))
+    inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    held = instruction(columns, "u32 (&a)[4]", f"{{{four}}}", inputs, count + 4, "1, 1, 0")
+    return descriptor + "\n" + held
+
+
+def instruction(columns: int, a: str, operand: str, inputs: str, b: int, ending: str) -> str:
+    """Of `a` as a parameter, an operand and inputs; `b` is the number of that operand."""
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    return f"""__device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b, int add) {{
-  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 2}, 0;\\n"
+    return f"""__device__ __forceinline__ void wgmma(float (&d)[{count}], {a}, u64 b, int add) {{
+  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{b + 1}, 0;\\n"
     "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{registers}}},"
-    " %{count}, %{count + 1}, p, 1, 1, 0, 0;}}\\n" : {sums} : "l"(a), "l"(b), "r"(add));
+    " {operand}, %{b}, p, {ending};}}\\n" : {sums} : {inputs}, "l"(b), "r"(add));
 }}"""

@@ -13,14 +13,12 @@ H100 = 132  # multiprocessors
 @pytest.mark.parametrize(
     ("num_rows", "num_outputs", "width", "swiglu", "expected"),
     [
-        (256, 5632, 2048, True, Tiling(height=1, columns=176, num_programs=128, stages=11)),
-        (512, 5632, 2048, True, Tiling(height=2, columns=176, num_programs=128, stages=8)),
-        (256, 50432, 2048, False, Tiling(height=2, columns=192, num_programs=132, stages=8)),
-        (4352, 2816, 1024, True, Tiling(height=2, columns=192, num_programs=132, stages=8)),
-        (4352, 1024, 2816, False, Tiling(height=2, columns=160, num_programs=119, stages=8)),
-        (256, 6144, 2048, False, None),  # tiles of 128 x 96: shared memory is the bound
-        (256, 2048, 5632, False, None),
-        (128, 5632, 2048, True, None),  # half of the multiprocessors would have nothing to do
+        (256, 5632, 2048, True, Tiling(1, 192, 118, stages=5, norm=True, paired=True)),
+        (512, 5632, 2048, True, Tiling(2, 192, 118, stages=4, norm=False, paired=True)),
+        (4352, 2816, 1024, True, Tiling(1, 256, 132, stages=4, norm=True, paired=True)),
+        (4352, 3072, 1024, False, Tiling(1, 224, 132, stages=5, norm=True, paired=True)),
+        (256, 3072, 1024, False, None),  # half of the multiprocessors would have nothing to do
+        (256, 2816, 1024, True, None),
     ],
 )
 def test_tilings(
@@ -39,13 +37,14 @@ def test_every_tiling_covers_its_product_and_fits_a_multiprocessor(swiglu: bool)
                 continue
             found += 1
             outputs = tile.columns // 2 if swiglu else tile.columns
-            num_tiles = -(-num_rows // (128 * tile.height)) * -(-num_outputs // outputs)
-            assert tile.num_programs == min(num_tiles, H100)
-            stage = (128 * tile.height + tile.columns) * 32 * 2
+            num_pairs = -(-num_rows // (256 * tile.height)) * -(-num_outputs // outputs)
+            assert tile.num_programs == 2 * min(num_pairs, H100 // 2)
+            assert swiglu or tile.norm
             assert tile.stages >= 2
-            assert tile.stages * (stage + 16) + 1024 <= 227 * 1024
-            assert tile.columns <= 256 and tile.columns % 16 == 0
-            assert tile.height * tile.columns <= 2 * 192  # sums in a thread's registers: half of it
+            assert products.many_bytes(tile, width) <= 227 * 1024
+            assert tile.columns <= 256 and tile.columns % 32 == 0
+            # in a thread's registers: sums, half of it; with the norm two tiles of x, 16 each
+            assert tile.height * tile.columns <= (256 if tile.norm else 2 * 192)
     assert found > 50
 
 
@@ -63,7 +62,7 @@ def test_few_rows_fit_a_multiprocessor_and_split_what_there_is(num_rows: int) ->
 
 def test_a_cpu_is_not_taken() -> None:
     x, gate_up = torch.randn(256, 2048).bfloat16(), torch.randn(11264, 2048).bfloat16()
-    assert not products.takes_many(x, gate_up, swiglu=True)
+    assert not products.takes_many(x, x[0], gate_up, swiglu=True)
     assert not products.takes_few(x[:4], gate_up)
 
 
@@ -74,7 +73,10 @@ def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_instruction_names_every_sum_once() -> None:
-    text = products.wgmma(176)
-    assert "m64n176k16" in text and "float (&d)[88]" in text
-    assert all(text.count(f'"+f"(d[{i}])') == 1 for i in range(88))
-    assert "%88, %89, p" in text and "setp.ne.b32 p, %90" in text
+    shared, registers = products.wgmma(176).split("__device__")[1:]
+    for text in (shared, registers):
+        assert "m64n176k16" in text and "float (&d)[88]" in text
+        assert all(text.count(f'"+f"(d[{i}])') == 1 for i in range(88))
+    assert "u64 a" in shared and "%88, %89, p, 1, 1, 0, 0" in shared and "p, %90" in shared
+    assert "u32 (&a)[4]" in registers and "p, %93" in registers
+    assert "{%88, %89, %90, %91}, %92, p, 1, 1, 0;" in registers

@@ -13,16 +13,17 @@ pytestmark = pytest.mark.gpu
 kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
 
 SHAPES = [  # rows, outputs, inputs
-    (256, 5632, 2048),
+    (256, 6144, 2048),
     (512, 5632, 2048),
     (231, 5632, 2048),  # the last rows of the last tile are padding
     (1000, 2816, 1024),
     (4352, 2816, 1024),  # several tiles a program
     (4352, 1024, 2816),
     (300, 50432, 1024),
-    (2304, 3000, 1000),  # the last tiles are not full, of outputs and of inputs
+    (2304, 3008, 1000),  # the last tiles are not full, of outputs and of inputs; an odd number
     (1024, 5632, 192),  # fewer tiles of inputs than the ring has stages
 ]
+EPS = 1e-5
 
 
 def random(*shape: int) -> Tensor:
@@ -38,47 +39,78 @@ def near(got: Tensor, expected: Tensor, bound: float = 3e-3) -> bool:
     return bool((got.double() - expected.double()).norm() < bound * expected.double().norm())
 
 
+WAYS = [  # height, norm on the way, paired
+    (1, True, True),
+    (1, True, False),
+    (1, False, True),
+    (2, False, True),
+]
+
+
+@pytest.mark.parametrize("height, norm, paired", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_many_rows(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows(
+    shape: tuple[int, int, int],
+    height: int,
+    norm: bool,
+    paired: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each way of doing it, also where another one or cuBLAS is faster."""
     require_hopper()
-    monkeypatch.setattr(products, "MIN_USED", 0.0)  # also shapes that cuBLAS is better at
-    products.tiling_on.cache_clear()
     num_rows, num_outputs, width = shape
-    x, weight = random(num_rows, width), random(num_outputs, width) * width**-0.5
-    assert products.takes_many(x, weight) and products.takes_many(x, weight, swiglu=True)
-    plain = x.double() @ weight.double().T
+    columns = products.MAX_COLUMNS[height] if num_outputs > 4096 else 96
+    tile = products.Tiling(height, columns, num_programs=96, stages=3, norm=norm, paired=paired)
+    monkeypatch.setattr(products, "tiling_on", lambda *_: tile)
+    gain = 1 + 0.2 * random(width)
+    x, weight = 3 * random(num_rows, width), random(num_outputs, width) * width**-0.5
+    plain = F.rms_norm(x.double(), (width,), gain.double(), EPS) @ weight.double().T
 
     buffer = torch.full((num_rows + 50, num_outputs), 7.0, device="cuda", dtype=torch.bfloat16)
-    got = products.many(x, weight, buffer[:num_rows])
+    got = products.norm_many(x, gain, EPS, weight, buffer[:num_rows])
     assert near(got, plain)
     assert torch.equal(buffer[num_rows:], torch.full_like(buffer[num_rows:], 7.0))
 
-    before = random(*got.shape)
-    got = products.many(x, weight, before.clone(), add=True)
-    assert near(got, before.double() + plain)
-
     gate, up = plain.chunk(2, dim=1)
-    got = products.many(x, weight, swiglu=True)
+    got = products.norm_many(x, gain, EPS, weight, swiglu=True)
     assert near(got, F.silu(gate) * up, 5e-3)
     # cuBLAS sums in another order: no more than roundings to bfloat16 differ
-    assert near(got, kernels.swiglu(F.linear(x, weight)))
+    apart = kernels.swiglu(F.linear(kernels.rms_norm(x, gain, EPS), weight))
+    assert near(got, apart, 5e-3)
+
+
+@torch.no_grad()
+def test_large_activations_saturate_as_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """silu of -90 is no nan, and of 90 it is 90: the division is a fast one."""
+    require_hopper()
+    monkeypatch.setattr(products, "MIN_USED", 0.0)
+    products.tiling_on.cache_clear()
+    gate = torch.linspace(-3e38, 3e38, 64).sign() * torch.logspace(-30, 38, 64)
+    x = torch.zeros(256, 64, device="cuda", dtype=torch.bfloat16)
+    x[:, 0] = 0.125  # the root mean square is 1 / 64
+    gain = torch.full((64,), 0.125, device="cuda", dtype=torch.bfloat16)
+    weight = torch.zeros(2 * 5632, 64, device="cuda", dtype=torch.bfloat16)
+    weight[:64, 0], weight[5632:, 0] = gate.to(weight), 1
+    found = products.norm_many(x, gain, 0.0, weight, swiglu=True)[:, :64].double()
+    exact = F.silu(weight[:64, 0].double()).expand_as(found)
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found, exact, rtol=1e-2, atol=1e-35)
     products.tiling_on.cache_clear()
 
 
 @torch.no_grad()
-def test_large_activations_saturate_as_in_float64() -> None:
-    """silu of -90 is no nan, and of 90 it is 90: the division is a fast one."""
+def test_rows_of_zeros_and_of_large_numbers_are_normed() -> None:
+    """A row of zeros gives zeros; squares are summed in float32."""
     require_hopper()
-    gate = torch.linspace(-3e38, 3e38, 64).sign() * torch.logspace(-30, 38, 64)
-    x = torch.zeros(256, 64, device="cuda", dtype=torch.bfloat16)
-    x[:, 0] = 1
-    weight = torch.zeros(2 * 5632, 64, device="cuda", dtype=torch.bfloat16)
-    weight[:64, 0], weight[5632:, 0] = gate.to(weight), 1
-    found = products.many(x, weight, swiglu=True)[:, :64].double()
-    exact = F.silu(weight[:64, 0].double()).expand_as(found)
-    assert torch.isfinite(found).all()
-    assert torch.allclose(found, exact, rtol=1e-2, atol=1e-35)
+    x, weight = random(2304, 1024), random(3072, 1024) / 32
+    x[3], x[5] = 0, x[5] * 1e15
+    gain = torch.ones_like(x[0])
+    assert products.takes_many(x, gain, weight)
+    assert products.tiling_on(x.device, 2304, 3072, 1024).norm
+    got = products.norm_many(x, gain, EPS, weight)
+    assert not got[3].any()
+    assert near(got, F.rms_norm(x.double(), (1024,), gain.double(), EPS) @ weight.double().T)
 
 
 def check_replays(run: Callable, x: Tensor, y: Tensor) -> None:
@@ -107,7 +139,8 @@ def test_early_starts_read_nothing_too_early() -> None:
     ]
     norm = torch.nn.RMSNorm(1024, eps=1e-5, device="cuda", dtype=torch.bfloat16)
     x, y = random(4352, 1024), random(4352, 1024)
-    assert products.takes_many(x, layers[0][0])
+    assert products.takes_many(x, norm.weight, layers[0][0])
+    assert products.takes_many(x, norm.weight, layers[0][2], swiglu=True)
 
     def run(pause=lambda: None) -> None:
         y.copy_(x)
@@ -175,12 +208,14 @@ def test_what_few_rows_are_not() -> None:
     assert not products.takes_few(x, weight.float())  # a master copy, under autocast
     flat = random(1024 * 1024 + 1)[1:].view(1024, 1024)
     assert not products.takes_few(x, flat)  # begins at no multiple of 16 bytes
-    large = random(256, 2048)
-    assert products.takes_many(large, random(11264, 2048), swiglu=True)
-    assert not products.takes_many(large[:128], random(11264, 2048), swiglu=True)
-    assert not products.takes_many(large, random(2048, 2048))  # too little to do for its tiles
-    assert not products.takes_many(large, random(11264, 2048).float(), swiglu=True)
-    assert not products.takes_many(large.float(), random(11264, 2048).float(), swiglu=True)
+    large, gain, wide = random(256, 2048), random(2048), random(11264, 2048)
+    assert products.takes_many(large, gain, wide, swiglu=True)
+    assert not products.takes_many(large[:128], gain, wide, swiglu=True)
+    assert not products.takes_many(large, gain, wide)  # too few rows without SwiGLU
+    assert not products.takes_many(large, gain, random(2048, 2048), swiglu=True)  # and too little
+    assert not products.takes_many(large, gain, wide.float(), swiglu=True)
+    assert not products.takes_many(large, gain.float(), wide, swiglu=True)
+    assert not products.takes_many(large.float(), gain.float(), wide.float(), swiglu=True)
 
 
 @pytest.mark.parametrize("num_rows", [2, 16])
@@ -215,7 +250,7 @@ def test_few_rows_read_nothing_too_early(num_rows: int) -> None:
 def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_hopper()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = {"K": 64, "N": 128, "R": 8, "SPLITS": 1, "STAGES": 2, "SWIGLU": 0, "ADD": 0, "BK": 64}
+    sizes = {"K": 64, "N": 128, "R": 8, "SPLITS": 1, "STAGES": 2, "SWIGLU": 0, "ADD": 0}
     source, options = products.source_of("few_rows", 8, tuple(sizes.items()))
     image = nvrtc.cubin("few_rows", source, options)
     assert list(tmp_path.rglob("few_rows.cubin"))
