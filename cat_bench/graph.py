@@ -117,7 +117,7 @@ def finish_block(block: Block, x: Tensor, o: Tensor) -> Tensor:
 
 
 # Linear layers of a step. One row is a matter of memory and launches alone, and has kernels of its
-# own; so have 2 to 16 rows, and SwiGLU of some hundreds, in bfloat16 on Hopper GPUs. Elsewhere
+# own; so have 2 to 16 rows, and some hundreds or more, in bfloat16 on Hopper GPUs. Elsewhere
 # cuBLAS is as fast (docs/performance.md).
 
 
@@ -127,6 +127,8 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, weight: Tensor, out: Tensor | None 
 
     if len(x) == 1:
         return vector_kernels.linear(x, weight, norm)
+    if products.takes_many(x, norm.weight, weight, out):
+        return products.norm_many(x, norm.weight, eps_of(norm), weight, out)
     h = rms_norm(x, norm)
     if products.takes_few(h, weight):
         return products.linear(h, weight, out)
@@ -139,11 +141,11 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: Tensor) -> Tensor:
 
     if len(x) == 1:
         return vector_kernels.swiglu(x, norm, gate_up)
+    if products.takes_many(x, norm.weight, gate_up, swiglu=True):
+        return products.norm_many(x, norm.weight, eps_of(norm), gate_up, swiglu=True)
     h = rms_norm(x, norm)
     if products.takes_few(h, gate_up):
         return products.swiglu_of_few(h, gate_up)
-    if products.takes_swiglu(h, gate_up):
-        return products.swiglu(h, gate_up)
     return kernels.swiglu(F.linear(h, gate_up))
 
 

@@ -475,7 +475,7 @@ def argmax(logits: Tensor, out: Tensor) -> None:
     either is taken. Last dimension contiguous.
     """
     _argmax_kernel[(len(logits),)](
-        logits, out, logits.shape[1], logits.stride(0), out.stride(0), BLOCK=8192, num_warps=32
+        logits, out, logits.shape[1], logits.stride(0), out.stride(0), BLOCK=8192, num_warps=16
     )
 
 

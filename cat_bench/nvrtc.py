@@ -28,16 +28,14 @@ class Kernel(NamedTuple):
         grid: tuple[int, int, int],
         cluster: tuple[int, int, int],
         maps: Sequence[ctypes.Array],
-        out: Tensor,
-        *numbers: int,
+        *others: Tensor | float | None,
     ) -> None:
         """384 threads a CTA, on the current stream; may start before the kernel ahead has ended.
 
-        Arguments of the kernel: `maps`, `out`, `numbers` (int).
+        Arguments of the kernel: `maps`, then `others`: pointers (None: null), int and float.
         """
-        pointer, integers = ctypes.c_void_p(out.data_ptr()), [ctypes.c_int(n) for n in numbers]
-        addresses = [ctypes.addressof(value) for value in (pointer, *integers)]
-        values = [*(aligned(m) for m in maps), *addresses]
+        passed = [as_argument(other) for other in others]
+        values = [*(aligned(m) for m in maps), *(ctypes.addressof(value) for value in passed)]
         attributes = (Attribute * 2)()
         attributes[0].id, attributes[0].value[:3] = 4, cluster  # the cluster's size
         attributes[1].id, attributes[1].value[0] = 6, 1  # programmatic dependent launch
@@ -48,6 +46,12 @@ class Kernel(NamedTuple):
         arguments = (ctypes.c_void_p * len(values))(*values)
         status = self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None)
         check(status, "cuLaunchKernelEx")
+
+
+def as_argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 @cache

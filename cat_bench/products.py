@@ -1,10 +1,10 @@
-"""Linear layers of 2 to 16 rows, and SwiGLU of a few hundred, on Hopper GPUs in bfloat16.
+"""Linear layers of 2 to 16 rows and of some hundreds or more, on Hopper GPUs in bfloat16.
 
 In CUDA: few_rows.cu reads weights into shared memory before the kernel ahead has ended and splits
-a reduction over a cluster, which Triton cannot; swiglu_rows.cu has tiles that fill the
-multiprocessors, where cuBLAS's fill two thirds, and does SwiGLU in the same launch. products.cu is
-what both share. References: graph.norm_linear, graph.norm_swiglu and graph.add_linear_ of other
-numbers of rows: one is for vector_kernels.py, the rest for cuBLAS.
+a reduction over a cluster, which Triton cannot; many_rows.cu has tiles that fill the
+multiprocessors, where cuBLAS's often do not, and does the norm before and SwiGLU behind in the same
+launch. products.cu is what both share. References: graph.norm_linear, graph.norm_swiglu and
+graph.add_linear_ of other numbers of rows: one is for vector_kernels.py, the rest for cuBLAS.
 
 Every function reads weights before the kernel ahead has ended: that must not have written them.
 Shapes: b rows, d inputs, n outputs.
@@ -21,8 +21,15 @@ from torch import Tensor
 from cat_bench import nvrtc
 
 BLOCK_K = 64  # inputs in a tile: 128 bytes, the width of the copy engine's swizzle
+MIN_SWIGLU, MIN_LINEAR = 224, 2048  # rows: below, cuBLAS is as good
+MAX_COLUMNS = {1: 256, 2: 192}  # in tiles of 128 and 256 rows: their sums lie in registers
+STORING_CLOCKS = 4000  # of a tile, while the tensor cores wait
+NORM_CLOCKS = 3500  # of a launch of its own, and its traffic
+BYTES_PER_CLOCK = 1700
+PRODUCTS_PER_CLOCK = 2048  # of bfloat16 on a multiprocessor
+MIN_USED = 0.5  # of the tensor cores' time: below, cuBLAS is as good
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
-MIN_FILLED = 7 / 8  # of the rows in tiles, and of the multiprocessors: below, cuBLAS is as good
+MAX_STAGES = 8  # of many rows' ring
 MAX_FEW = 16  # rows: at 64 cuBLAS is as good (docs/performance.md)
 FEW_CTAS = 84  # that read weights, at least, where the reduction can be split so far
 
@@ -105,41 +112,80 @@ def launch_few(
 
 
 class Tiling(NamedTuple):
-    """A CTA's tile: 128 `height` rows of x by `columns` of W, half gate and half up."""
+    """Tiles of 128 `height` rows of x by `columns` rows of W, and how many programs share them.
+
+    `norm`: done on the way, which only a height of 1 leaves registers for. `paired`: the two
+    programs of a cluster have the same columns and ask for half of W each.
+    """
 
     height: int
     columns: int
-    row_tiles: int  # even: clusters are pairs of them
+    num_programs: int
     stages: int
+    norm: bool
+    paired: bool
 
 
-def tiling(num_rows: int, num_outputs: int, width: int, processors: int) -> Tiling | None:
-    """Tiles that one wave of CTAs computes and that waste little, or None."""
-    for height in (1, 2):
-        row_tiles = 2 * -(-num_rows // (256 * height))
-        if num_rows < MIN_FILLED * row_tiles * 128 * height:
-            continue
-        for half in range(88, 31, -8):
-            num_programs = row_tiles * num_outputs // half
-            filled = MIN_FILLED * processors <= num_programs <= processors
-            if num_outputs % half == 0 and width % BLOCK_K == 0 and filled:
-                stage = stage_bytes(128 * height + 2 * half)
-                stages = (SHARED_BYTES - 2048) // stage
-                return Tiling(height, 2 * half, row_tiles, min(8, stages))
-    return None
+def tiling(
+    num_rows: int, num_outputs: int, width: int, processors: int, swiglu: bool = False
+) -> Tiling | None:
+    """The tiles that take least time, the norm's included, or None where cuBLAS takes less."""
+    found = []
+    for height, norm in ((1, True), (1, False), (2, False)):
+        if not (norm or swiglu):
+            continue  # a plain product without its norm is cuBLAS's
+        for columns in range(96, MAX_COLUMNS[height] + 1, 32):
+            outputs = columns // 2 if swiglu else columns
+            num_pairs = -(-num_rows // (256 * height)) * -(-num_outputs // outputs)
+            waves = -(-num_pairs // (processors // 2))
+            clocks = waves * (width / 64 * clocks_of(height, columns) + STORING_CLOCKS)
+            before = 0 if norm else NORM_CLOCKS + num_rows * width * 4 / BYTES_PER_CLOCK
+            num_programs = 2 * min(num_pairs, processors // 2)
+            found.append((clocks + before, height, columns, norm, num_programs))
+    clocks, height, columns, norm, num_programs = min(found)
+    products = num_rows * num_outputs * width * (2 if swiglu else 1)
+    if products < MIN_USED * clocks * processors * PRODUCTS_PER_CLOCK:
+        return None
+    ring = SHARED_BYTES - 2048 - (2 * (width + BLOCK_K) if norm else 0)
+    stages = min(MAX_STAGES, ring // (stage_bytes(128 * height + columns) + 16))
+    return Tiling(height, columns, num_programs, stages, norm, True) if stages >= 2 else None
 
 
-def takes_swiglu(x: Tensor, gate_up: Tensor) -> bool:
-    """Whether `swiglu` is for x (b, d) and gate_up (2 n, d): a shape with a `tiling`."""
-    if not fit_for_copies(x, gate_up):
+def clocks_of(height: int, columns: int) -> int:
+    """Of a multiprocessor for 64 inputs: its tensor cores, or its shared memory at 128 bytes a
+    clock, into which every tile is written once and from which two warp groups read.
+    """
+    tensor_cores = 64 * 128 * height * columns // PRODUCTS_PER_CLOCK
+    written, read = 128 * height + columns, height * (128 + 2 * columns)
+    return max(tensor_cores, written + read)
+
+
+def takes_many(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    out: Tensor | None = None,
+    swiglu: bool = False,
+) -> bool:
+    """Whether `norm_many` is for these, shaped as there."""
+    if len(x) < (MIN_SWIGLU if swiglu else MIN_LINEAR) or len(weight) % 16:
         return False
-    return tiling_on(x.device, len(x), len(gate_up) // 2, x.shape[1]) is not None
+    if not fit_for_copies(x, norm_weight[None], weight, *([] if out is None else [out])):
+        return False
+    return tiling_on(x.device, len(x), *outputs_of(weight, swiglu), swiglu) is not None
 
 
 @cache
-def tiling_on(device: torch.device, num_rows: int, num_outputs: int, width: int) -> Tiling | None:
+def tiling_on(
+    device: torch.device, num_rows: int, num_outputs: int, width: int, swiglu: bool = False
+) -> Tiling | None:
     count = num_processors(device)
-    return tiling(num_rows, num_outputs, width, count) if count else None
+    return tiling(num_rows, num_outputs, width, count, swiglu) if count else None
+
+
+def outputs_of(weight: Tensor, swiglu: bool) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return len(weight) // (2 if swiglu else 1), weight.shape[1]
 
 
 @cache
@@ -150,35 +196,50 @@ def num_processors(device: torch.device) -> int:
     return gpu.multi_processor_count if hopper else 0
 
 
-def swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up (2 n, d) times x (b, d) -> (b, n). Contiguous; inference only."""
-    (num_rows, width), num_outputs = x.shape, len(gate_up) // 2
-    tile = tiling_on(x.device, num_rows, num_outputs, width)
-    assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes_swiglu() first"
-    return launch_swiglu(tile, x, gate_up, x.new_empty(num_rows, num_outputs))
+def norm_many(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    out: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """W RMSNorm(x) of hundreds of rows or more -> (b, n), in `out` if given. x (b, d), norm_weight
+    (d,), weight (n, d); `swiglu`: silu(gate) * up of weight (2 n, d).
+    """
+    from cat_bench import kernels
 
-
-def launch_swiglu(tile: Tiling, x: Tensor, gate_up: Tensor, out: Tensor) -> Tensor:
-    (num_rows, width), num_outputs = x.shape, len(gate_up) // 2
-    stage = stage_bytes(128 * tile.height + tile.columns)
+    num_outputs, width = outputs_of(weight, swiglu)
+    tile = tiling_on(x.device, len(x), num_outputs, width, swiglu)
+    assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes_many() first"
+    if not tile.norm:
+        x = kernels.rms_norm(x, norm_weight, eps)
+    out = x.new_empty(len(x), num_outputs) if out is None else out
+    assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 8 == 0, (
+        "stored by eights"
+    )
     defines = (
-        ("K", width), ("HALF", num_outputs), ("BN", tile.columns), ("MI", tile.height),
-        ("STAGES", tile.stages),
+        ("K", width), ("N", num_outputs), ("MI", tile.height), ("BN", tile.columns),
+        ("STAGES", tile.stages), ("SWIGLU", int(swiglu)), ("NORM", int(tile.norm)),
+        ("PAIR", int(tile.paired)),
     )  # fmt: skip
-    shared = tile.stages * (stage + 16) + 1024  # the ring begins at a multiple of 1024
     with torch.cuda.device(x.device):
-        kernel = load(x.device, "swiglu_rows", shared, tile.columns, defines)
-        maps = (
-            tile_map(kernel, x, 128 * tile.height),
-            tile_map(kernel, gate_up, tile.columns // 2),
-        )
-        grid = (2 * num_outputs // tile.columns, tile.row_tiles, 1)
-        kernel.launch(grid, (1, 2, 1), maps, out, num_rows)
+        kernel = load(x.device, "many_rows", many_bytes(tile, width), tile.columns, defines)
+        maps = tile_map(kernel, x, 128 * tile.height), tile_map(kernel, weight, tile.columns // 2)
+        grid = (tile.num_programs, 1, 1)
+        cluster = (2 if tile.paired else 1, 1, 1)
+        kernel.launch(grid, cluster, maps, out, norm_weight, eps, len(x), out.stride(0))
     return out
 
 
+def many_bytes(tile: Tiling, width: int) -> int:
+    """Of shared memory: the ring, which begins at a multiple of 1024, and the norm's weight."""
+    ring = tile.stages * (stage_bytes(128 * tile.height + tile.columns) + 16)
+    return 1024 + ring + (-(-width // BLOCK_K) * BLOCK_K * 2 if tile.norm else 0)
+
+
 def stage_bytes(num_rows: int) -> int:
-    """Of so many rows of x and W together: BLOCK_K of each row in bfloat16."""
+    """Of so many rows of x and W together, 64 inputs of each in bfloat16."""
     return num_rows * BLOCK_K * 2
 
 
@@ -206,12 +267,24 @@ def tile_map(kernel: nvrtc.Kernel, matrix: Tensor, rows: int) -> ctypes.Array:
 
 
 def wgmma(columns: int) -> str:
-    """The tensor cores' instruction for a tile of 64 rows: its length depends on the columns."""
+    """The tensor cores' instruction for a tile of 64 rows, which lies in shared memory or in
+    registers: its length depends on the columns.
+    """
+    count = columns // 2
+    descriptor = instruction(columns, "u64 a", f"%{count}", '"l"(a)', count + 1, "1, 1, 0, 0")
+    four = ", ".join(f"%{count + i}" for i in range(4))
+    inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    held = instruction(columns, "u32 (&a)[4]", f"{{{four}}}", inputs, count + 4, "1, 1, 0")
+    return descriptor + "\n" + held
+
+
+def instruction(columns: int, a: str, operand: str, inputs: str, b: int, ending: str) -> str:
+    """Of `a` as a parameter, an operand and inputs; `b` is the number of that operand."""
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    return f"""__device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b, int add) {{
-  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 2}, 0;\\n"
+    return f"""__device__ __forceinline__ void wgmma(float (&d)[{count}], {a}, u64 b, int add) {{
+  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{b + 1}, 0;\\n"
     "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{registers}}},"
-    " %{count}, %{count + 1}, p, 1, 1, 0, 0;}}\\n" : {sums} : "l"(a), "l"(b), "r"(add));
+    " {operand}, %{b}, p, {ending};}}\\n" : {sums} : {inputs}, "l"(b), "r"(add));
 }}"""

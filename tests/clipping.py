@@ -11,7 +11,7 @@ from cat_bench.suites import training
 def check_clipping(case: Case, factor: float) -> None:
     """Two updates by gradients below, at and above the bound, and a parameter without one.
 
-    Then a bare step by the gradients that are left: nothing of the clipping may stay behind.
+    Then a bare step by new gradients: nothing of the clipping may stay behind.
     """
     ours, theirs = (build(parse(case.arch), device=case.device, dtype=case.dtype) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
@@ -23,14 +23,19 @@ def check_clipping(case: Case, factor: float) -> None:
     generator = torch.Generator(case.device).manual_seed(0)
     pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
     count = sum(p.numel() for p in theirs.parameters())
-    for size in (1.0, 5.0):
+
+    def set_gradients(scale: float) -> None:
         for p, q in pairs[1:]:
             noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
-            p.grad = noise * (factor * size / count**0.5)
+            p.grad = noise * scale
             q.grad = p.grad.clone()
+
+    for size in (1.0, 5.0):
+        set_gradients(factor * size / count**0.5)
         step._update()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), training.CLIP)
         optimizer.step()
+    set_gradients(factor / count**0.5)
     step.optimizer.step()
     optimizer.step()
     for p, q in pairs:

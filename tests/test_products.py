@@ -11,39 +11,40 @@ H100 = 132  # multiprocessors
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_outputs", "width", "expected"),
+    ("num_rows", "num_outputs", "width", "swiglu", "expected"),
     [
-        (256, 5632, 2048, Tiling(height=1, columns=176, row_tiles=2, stages=5)),
-        (512, 5632, 2048, Tiling(height=2, columns=176, row_tiles=2, stages=4)),
-        (512, 2816, 1024, Tiling(height=1, columns=176, row_tiles=4, stages=5)),
-        (128, 5632, 2048, None),  # half of the multiprocessors would have nothing to do
-        (256, 2816, 1024, None),
-        (300, 5632, 2048, None),  # 212 of 512 rows would be padding
-        (4096, 5632, 2048, None),  # more than one wave: cuBLAS is as good
-        (256, 5632, 2056, None),  # no whole tiles of 64 inputs
-        (256, 5636, 2048, None),
+        (256, 5632, 2048, True, Tiling(1, 192, 118, stages=5, norm=True, paired=True)),
+        (512, 5632, 2048, True, Tiling(2, 192, 118, stages=4, norm=False, paired=True)),
+        (4352, 2816, 1024, True, Tiling(1, 256, 132, stages=4, norm=True, paired=True)),
+        (4352, 3072, 1024, False, Tiling(1, 224, 132, stages=5, norm=True, paired=True)),
+        (256, 3072, 1024, False, None),  # half of the multiprocessors would have nothing to do
+        (256, 2816, 1024, True, None),
     ],
 )
-def test_tilings(num_rows: int, num_outputs: int, width: int, expected: Tiling | None) -> None:
-    assert tiling(num_rows, num_outputs, width, H100) == expected
+def test_tilings(
+    num_rows: int, num_outputs: int, width: int, swiglu: bool, expected: Tiling | None
+) -> None:
+    assert tiling(num_rows, num_outputs, width, H100, swiglu) == expected
 
 
-def test_every_tiling_covers_its_product_and_fits_a_multiprocessor() -> None:
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_every_tiling_covers_its_product_and_fits_a_multiprocessor(swiglu: bool) -> None:
     found = 0
-    for num_rows in range(1, 1200, 7):
-        for num_outputs, width in ((5632, 2048), (2816, 1024), (4096, 1536), (1408, 512)):
-            tile = tiling(num_rows, num_outputs, width, H100)
+    for num_rows in range(1, 5000, 37):
+        for num_outputs, width in ((5632, 2048), (2816, 1024), (4096, 1536), (50432, 1000)):
+            tile = tiling(num_rows, num_outputs, width, H100, swiglu)
             if tile is None:
                 continue
             found += 1
-            assert num_rows <= tile.row_tiles * 128 * tile.height
-            assert tile.row_tiles % 2 == 0 and num_outputs % (tile.columns // 2) == 0
-            programs = tile.row_tiles * num_outputs // (tile.columns // 2)
-            assert 7 / 8 * H100 <= programs <= H100
-            stage = (128 * tile.height + tile.columns) * 64 * 2
+            outputs = tile.columns // 2 if swiglu else tile.columns
+            num_pairs = -(-num_rows // (256 * tile.height)) * -(-num_outputs // outputs)
+            assert tile.num_programs == 2 * min(num_pairs, H100 // 2)
+            assert swiglu or tile.norm
             assert tile.stages >= 2
-            assert tile.stages * (stage + 16) + 1024 <= 227 * 1024
-            assert tile.columns <= 256 and tile.columns % 16 == 0
+            assert products.many_bytes(tile, width) <= 227 * 1024
+            assert tile.columns <= 256 and tile.columns % 32 == 0
+            # in a thread's registers: sums, half of it; with the norm two tiles of x, 16 each
+            assert tile.height * tile.columns <= (256 if tile.norm else 2 * 192)
     assert found > 50
 
 
@@ -61,7 +62,7 @@ def test_few_rows_fit_a_multiprocessor_and_split_what_there_is(num_rows: int) ->
 
 def test_a_cpu_is_not_taken() -> None:
     x, gate_up = torch.randn(256, 2048).bfloat16(), torch.randn(11264, 2048).bfloat16()
-    assert not products.takes_swiglu(x, gate_up)
+    assert not products.takes_many(x, x[0], gate_up, swiglu=True)
     assert not products.takes_few(x[:4], gate_up)
 
 
@@ -72,7 +73,10 @@ def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_instruction_names_every_sum_once() -> None:
-    text = products.wgmma(176)
-    assert "m64n176k16" in text and "float (&d)[88]" in text
-    assert all(text.count(f'"+f"(d[{i}])') == 1 for i in range(88))
-    assert "%88, %89, p" in text and "setp.ne.b32 p, %90" in text
+    shared, registers = products.wgmma(176).split("__device__")[1:]
+    for text in (shared, registers):
+        assert "m64n176k16" in text and "float (&d)[88]" in text
+        assert all(text.count(f'"+f"(d[{i}])') == 1 for i in range(88))
+    assert "u64 a" in shared and "%88, %89, p, 1, 1, 0, 0" in shared and "p, %90" in shared
+    assert "u32 (&a)[4]" in registers and "p, %93" in registers
+    assert "{%88, %89, %90, %91}, %92, p, 1, 1, 0;" in registers

@@ -147,9 +147,9 @@ def test_a_compiled_path_without_such_kernels_takes_float64() -> None:
 
 def test_the_loss_follows_device_path_and_dtype() -> None:
     fast = replace(tiny_case(DENSE), device="cuda", forward_path="compile")
-    assert training.loss_implementation(fast) == "triton"  # float32 weights
+    assert training.implementation(fast) == "triton"  # float32 weights
     for change in ({"device": "cpu"}, {"forward_path": "eager"}, {"dtype": "float64"}):
-        assert training.loss_implementation(replace(fast, **change)) == "eager"
+        assert training.implementation(replace(fast, **change)) == "eager"
 
 
 def test_the_plan_predicts_gradients_and_moments_not_a_state() -> None:

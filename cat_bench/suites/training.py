@@ -214,7 +214,7 @@ class Step:
 
         self.case, self.model = case, model.train()
         self.tokens = random_tokens(case, model.config.vocab_size)  # (b, t + 1)
-        self.implementation: Implementation = loss_implementation(case)
+        self.implementation = implementation(case)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -266,20 +266,25 @@ class Step:
         self.optimizer.zero_grad()
 
     def _update(self) -> None:
-        """clip_grad_norm_ and AdamW, whose one launch also does the clipping.
+        """clip_grad_norm_ and AdamW, whose launches also do the clipping, without a wait.
 
-        `grad_scale` is where torch.amp.GradScaler leaves what the fused kernel divides gradients
-        by. The optimizer keeps it, so it is taken away again: a bare step() later would divide by
+        PyTorch's fused kernel divides gradients by `grad_scale`, where torch.amp.GradScaler leaves
+        it. The optimizer keeps it, so it is taken away again: a bare step() later would divide by
         the norm of this one. The kernel reads float32 alone, so a clipped gradient in float64 is
-        exact to 1e-7 only. Nothing here waits for the GPU.
+        exact to 1e-7 only. Ours does the same with less memory traffic.
         """
         import torch
 
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.model.parameters() if p.grad is not None]
         )
-        scale = ((norm + 1e-6) / CLIP).clamp(min=1)  # 1e-6 as in clip_grad_norm_
-        self.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
+        scale = ((norm + 1e-6) / CLIP).clamp(min=1).float()  # 1e-6 as in clip_grad_norm_
+        if self.implementation == "triton" and self.case.dtype == "float32":
+            from cat_bench.adamw_kernel import update_
+
+            update_(self.optimizer, scale)
+            return
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self.optimizer.step()
         del self.optimizer.grad_scale
 
@@ -293,8 +298,10 @@ class Step:
         return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
 
 
-def loss_implementation(case: Case) -> "Implementation":
-    """The Triton kernel, which computes in float32, where a fast forward path runs on a GPU."""
+def implementation(case: Case) -> "Implementation":
+    """Of the loss, and of the update of float32 weights: Triton kernels, which compute in float32,
+    where a fast forward path runs on a GPU.
+    """
     is_fast = case.device == "cuda" and case.forward_path != "eager"
     return "triton" if is_fast and case.dtype != "float64" else "eager"
 

@@ -133,10 +133,16 @@ def test_checkpointing_keeps_the_gradients(subject: Subject, path: str) -> None:
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())
 def test_bfloat16_by_relative_norm(subject: Subject, path: str) -> None:
+    """Against exact arithmetic on the same weights. Rounding of its own takes eager up to 9e-3 away
+    from that, so two right paths may lie further apart.
+    """
     eager, fast = pair(subject, path, "bfloat16")
+    exact = subject.model("float64", device="cuda", std=STD)
+    exact.load_state_dict(eager.state_dict())
     tokens = subject.tokens(3, NUM_STEPS).cuda()
-    got, expected = (decoded(model, tokens, 5) for model in (fast, eager))
-    assert contract.relative_norm(got, expected) < 1e-2
+    got, expected, true = (decoded(model, tokens, 5) for model in (fast, eager, exact))
+    assert contract.relative_norm(got, true) < 1e-2
+    assert contract.relative_norm(got, expected) < 1.5e-2
 
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())

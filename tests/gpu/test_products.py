@@ -1,4 +1,4 @@
-"""Our products on Hopper, against plain ones: few rows, and SwiGLU of some hundreds."""
+"""Our products on Hopper, against plain ones: of few rows and of many."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,17 @@ pytestmark = pytest.mark.gpu
 kernels = pytest.importorskip("cat_bench.kernels", reason="needs the package triton")
 
 SHAPES = [  # rows, outputs, inputs
-    (256, 5632, 2048),
+    (256, 6144, 2048),
     (512, 5632, 2048),
     (231, 5632, 2048),  # the last rows of the last tile are padding
-    (449, 5632, 2048),
-    (512, 2816, 1024),
     (1000, 2816, 1024),
-    (256, 5632, 192),  # fewer tiles than the ring has stages
+    (4352, 2816, 1024),  # several tiles a program
+    (4352, 1024, 2816),
+    (300, 50432, 1024),
+    (2304, 3008, 1000),  # the last tiles are not full, of outputs and of inputs; an odd number
+    (1024, 5632, 192),  # fewer tiles of inputs than the ring has stages
 ]
+EPS = 1e-5
 
 
 def random(*shape: int) -> Tensor:
@@ -32,37 +35,82 @@ def require_hopper() -> None:
         pytest.skip(f"for Hopper GPUs, this is {torch.cuda.get_device_name()}")
 
 
-def require_tiling(*shape: int) -> None:
-    require_hopper()
-    if products.tiling_on(torch.device("cuda", 0), *shape) is None:
-        pytest.skip(f"no tiling for {shape} on {torch.cuda.get_device_name()}")
+def near(got: Tensor, expected: Tensor, bound: float = 3e-3) -> bool:
+    return bool((got.double() - expected.double()).norm() < bound * expected.double().norm())
 
 
+WAYS = [  # height, norm on the way, paired
+    (1, True, True),
+    (1, True, False),
+    (1, False, True),
+    (2, False, True),
+]
+
+
+@pytest.mark.parametrize("height, norm, paired", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_equals_product_and_activation(shape: tuple[int, int, int]) -> None:
-    require_tiling(*shape)
+def test_many_rows(
+    shape: tuple[int, int, int],
+    height: int,
+    norm: bool,
+    paired: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each way of doing it, also where another one or cuBLAS is faster."""
+    require_hopper()
     num_rows, num_outputs, width = shape
-    x, gate_up = random(num_rows, width), random(2 * num_outputs, width) * width**-0.5
-    assert products.takes_swiglu(x, gate_up)
-    got = products.swiglu(x, gate_up)
-    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
-    expected = F.silu(gate) * up
-    assert (got.double() - expected).norm() / expected.norm() < 5e-3
-    apart = kernels.swiglu(F.linear(x, gate_up)).double()
+    columns = products.MAX_COLUMNS[height] if num_outputs > 4096 else 96
+    tile = products.Tiling(height, columns, num_programs=96, stages=3, norm=norm, paired=paired)
+    monkeypatch.setattr(products, "tiling_on", lambda *_: tile)
+    gain = 1 + 0.2 * random(width)
+    x, weight = 3 * random(num_rows, width), random(num_outputs, width) * width**-0.5
+    plain = F.rms_norm(x.double(), (width,), gain.double(), EPS) @ weight.double().T
+
+    buffer = torch.full((num_rows + 50, num_outputs), 7.0, device="cuda", dtype=torch.bfloat16)
+    got = products.norm_many(x, gain, EPS, weight, buffer[:num_rows])
+    assert near(got, plain)
+    assert torch.equal(buffer[num_rows:], torch.full_like(buffer[num_rows:], 7.0))
+
+    gate, up = plain.chunk(2, dim=1)
+    got = products.norm_many(x, gain, EPS, weight, swiglu=True)
+    assert near(got, F.silu(gate) * up, 5e-3)
     # cuBLAS sums in another order: no more than roundings to bfloat16 differ
-    assert (got.double() - apart).norm() / apart.norm() < 3e-3
+    apart = kernels.swiglu(F.linear(kernels.rms_norm(x, gain, EPS), weight))
+    assert near(got, apart, 5e-3)
 
 
 @torch.no_grad()
-def test_writes_its_rows_and_no_others() -> None:
-    require_tiling(231, 5632, 2048)
-    x, gate_up = random(231, 2048), random(11264, 2048)
-    buffer = torch.full((300, 5632), 7.0, device="cuda", dtype=torch.bfloat16)
-    tile = products.tiling_on(x.device, 231, 5632, 2048)
-    products.launch_swiglu(tile, x, gate_up, buffer[:231])
-    assert torch.equal(buffer[231:], torch.full_like(buffer[231:], 7.0))
-    assert torch.equal(buffer[:231], products.swiglu(x, gate_up))
+def test_large_activations_saturate_as_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """silu of -90 is no nan, and of 90 it is 90: the division is a fast one."""
+    require_hopper()
+    monkeypatch.setattr(products, "MIN_USED", 0.0)
+    products.tiling_on.cache_clear()
+    gate = torch.linspace(-3e38, 3e38, 64).sign() * torch.logspace(-30, 38, 64)
+    x = torch.zeros(256, 64, device="cuda", dtype=torch.bfloat16)
+    x[:, 0] = 0.125  # the root mean square is 1 / 64
+    gain = torch.full((64,), 0.125, device="cuda", dtype=torch.bfloat16)
+    weight = torch.zeros(2 * 5632, 64, device="cuda", dtype=torch.bfloat16)
+    weight[:64, 0], weight[5632:, 0] = gate.to(weight), 1
+    found = products.norm_many(x, gain, 0.0, weight, swiglu=True)[:, :64].double()
+    exact = F.silu(weight[:64, 0].double()).expand_as(found)
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found, exact, rtol=1e-2, atol=1e-35)
+    products.tiling_on.cache_clear()
+
+
+@torch.no_grad()
+def test_rows_of_zeros_and_of_large_numbers_are_normed() -> None:
+    """A row of zeros gives zeros; squares are summed in float32."""
+    require_hopper()
+    x, weight = random(2304, 1024), random(3072, 1024) / 32
+    x[3], x[5] = 0, x[5] * 1e15
+    gain = torch.ones_like(x[0])
+    assert products.takes_many(x, gain, weight)
+    assert products.tiling_on(x.device, 2304, 3072, 1024).norm
+    got = products.norm_many(x, gain, EPS, weight)
+    assert not got[3].any()
+    assert near(got, F.rms_norm(x.double(), (1024,), gain.double(), EPS) @ weight.double().T)
 
 
 def check_replays(run: Callable, x: Tensor, y: Tensor) -> None:
@@ -84,19 +132,26 @@ def check_replays(run: Callable, x: Tensor, y: Tensor) -> None:
 @torch.no_grad()
 def test_early_starts_read_nothing_too_early() -> None:
     """In a captured chain each kernel may start before the one ahead has ended."""
-    require_tiling(256, 5632, 2048)
-    layers = [(random(11264, 2048) * 0.02, random(2048, 5632) * 0.02) for _ in range(6)]
-    norm = torch.nn.RMSNorm(2048, eps=1e-5, device="cuda", dtype=torch.bfloat16)
-    x, y = random(256, 2048), random(256, 2048)
+    require_hopper()
+    layers = [
+        [random(n, k) * 0.02 for n, k in ((3072, 1024), (1024, 1024), (5632, 1024), (1024, 2816))]
+        for _ in range(6)
+    ]
+    norm = torch.nn.RMSNorm(1024, eps=1e-5, device="cuda", dtype=torch.bfloat16)
+    x, y = random(4352, 1024), random(4352, 1024)
+    assert products.takes_many(x, norm.weight, layers[0][0])
+    assert products.takes_many(x, norm.weight, layers[0][2], swiglu=True)
 
     def run(pause=lambda: None) -> None:
         y.copy_(x)
-        for gate_up, down in layers:
-            h = kernels.rms_norm(y, norm.weight, 1e-5)
+        for qkv, attn_out, gate_up, down in layers:
+            h = graph.norm_linear(y, norm, qkv)
             pause()
-            h = products.swiglu(h, gate_up)
+            graph.add_linear_(y, h[:, 1024:2048].contiguous(), attn_out)
             pause()
-            y.addmm_(h, down.T)
+            h = graph.norm_swiglu(y, norm, gate_up)
+            pause()
+            graph.add_linear_(y, h, down)
             pause()
 
     check_replays(run, x, y)
@@ -153,9 +208,14 @@ def test_what_few_rows_are_not() -> None:
     assert not products.takes_few(x, weight.float())  # a master copy, under autocast
     flat = random(1024 * 1024 + 1)[1:].view(1024, 1024)
     assert not products.takes_few(x, flat)  # begins at no multiple of 16 bytes
-    large = random(256, 2048)
-    assert not products.takes_swiglu(large, random(11264, 2048).float())
-    assert not products.takes_swiglu(large.float(), random(11264, 2048).float())
+    large, gain, wide = random(256, 2048), random(2048), random(11264, 2048)
+    assert products.takes_many(large, gain, wide, swiglu=True)
+    assert not products.takes_many(large[:128], gain, wide, swiglu=True)
+    assert not products.takes_many(large, gain, wide)  # too few rows without SwiGLU
+    assert not products.takes_many(large, gain, random(2048, 2048), swiglu=True)  # and too little
+    assert not products.takes_many(large, gain, wide.float(), swiglu=True)
+    assert not products.takes_many(large, gain.float(), wide, swiglu=True)
+    assert not products.takes_many(large.float(), gain.float(), wide.float(), swiglu=True)
 
 
 @pytest.mark.parametrize("num_rows", [2, 16])
