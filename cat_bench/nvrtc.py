@@ -6,7 +6,7 @@ For what Triton cannot say (products.py). NVRTC comes with PyTorch, the driver w
 import ctypes
 import hashlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,12 +128,27 @@ def tensor_map(
 
     The matrix and its rows begin at multiples of 16 bytes. 128 bytes, from `aligned` on.
     """
+    rows, columns = matrix.shape
+    return encoded_map(
+        driver, matrix.data_ptr(), rows, columns, matrix.stride(0), box_rows, box_columns
+    )
+
+
+@lru_cache(4096)  # weights stay where they are: half of a launch's time on the host
+def encoded_map(
+    driver: ctypes.CDLL,
+    pointer: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    box_rows: int,
+    box_columns: int,
+) -> ctypes.Array:
     memory = (ctypes.c_uint64 * 24)()
-    sizes = (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0])
-    strides = (ctypes.c_uint64 * 1)(2 * matrix.stride(0))
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * stride)
     box, ones = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     status = driver.cuTensorMapEncodeTiled(
-        ctypes.c_void_p(aligned(memory)), 9, 2, ctypes.c_void_p(matrix.data_ptr()),  # 9: bfloat16
+        ctypes.c_void_p(aligned(memory)), 9, 2, ctypes.c_void_p(pointer),  # 9: bfloat16
         sizes, strides, box, ones, 0, 3, 3, 0,  # swizzle 128 bytes, L2 fetches 256, zeros outside
     )  # fmt: skip
     check(status, "cuTensorMapEncodeTiled")

@@ -207,12 +207,12 @@ def norm_many(
     """W RMSNorm(x) of hundreds of rows or more -> (b, n), in `out` if given. x (b, d), norm_weight
     (d,), weight (n, d); `swiglu`: silu(gate) * up of weight (2 n, d).
     """
-    from cat_bench import kernels
-
     num_outputs, width = outputs_of(weight, swiglu)
     tile = tiling_on(x.device, len(x), num_outputs, width, swiglu)
     assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes_many() first"
     if not tile.norm:
+        from cat_bench import kernels
+
         x = kernels.rms_norm(x, norm_weight, eps)
     out = x.new_empty(len(x), num_outputs) if out is None else out
     assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 8 == 0, (
