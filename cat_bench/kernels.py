@@ -279,9 +279,10 @@ def short_attention(qkv: Tensor, num_heads: int, rope: Rope) -> Tensor:
     batch_size, num_rows, _ = qkv.shape
     out = qkv.new_empty(batch_size, num_rows, num_heads * HEAD_WIDTH)
     padded = max(16, triton.next_power_of_2(num_rows))
+    more_at_once = {"maxnreg": 168} if padded == 32 else {}  # programs, for a few spilled registers
     _short_attention_kernel[(batch_size * num_heads,)](
         qkv, *rope, out, num_rows,
-        HEADS=num_heads, E=HEAD_WIDTH, ROWS=padded, num_warps=max(1, padded // 32),
+        HEADS=num_heads, E=HEAD_WIDTH, ROWS=padded, num_warps=max(1, padded // 32), **more_at_once,
     )  # fmt: skip
     return out
 
@@ -466,6 +467,24 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, EARLY: tl.c
     up = tl.load(gate_up_ptr + (2 * row + 1) * width + column, mask=inside, other=0.0)
     out = gate * tl.sigmoid(gate) * up.to(tl.float32)
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def set_inputs(token: Tensor, row: int, token_out: Tensor, row_out: Tensor) -> None:
+    """token_out = token and row_out = row, all (b,) int64, in one launch."""
+    count = len(token)
+    _set_inputs_kernel[(triton.cdiv(count, 1024),)](
+        token, row, token_out, row_out, count, token.stride(0), BLOCK=1024, num_warps=4
+    )
+
+
+@triton.jit(do_not_specialize=["row"])
+def _set_inputs_kernel(
+    token_ptr, row, token_out_ptr, row_out_ptr, count, stride, BLOCK: tl.constexpr
+):
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < count
+    tl.store(token_out_ptr + b, tl.load(token_ptr + b * stride, mask=inside), mask=inside)
+    tl.store(row_out_ptr + b, tl.zeros([BLOCK], tl.int64) + row, mask=inside)
 
 
 def argmax(logits: Tensor, out: Tensor) -> None:

@@ -1,19 +1,20 @@
 // y = x W^T or y = silu(x Wg^T) * (x Wu^T), of hundreds of rows or more; x with or without an RMSNorm
 // before. Behind products.cu, compiled by products.py, which defines K (inputs), N (outputs), MI, BN,
-// STAGES, SWIGLU, NORM and PAIR.
+// STAGES, SWIGLU and NORM.
 //
 // As many CTAs as multiprocessors walk through the tiles of 128 MI rows by BN rows of W, with SWIGLU
 // half of them of the gate and half of up. The first thread asks the copy engine for tiles of 64
 // inputs, through a ring of STAGES that goes on from one tile of y to the next; two warp groups
-// multiply half of the rows each. W is asked for before the kernel ahead has ended, x after. With PAIR
-// the two CTAs of a cluster have the same columns: each asks for half of a tile of W for both.
+// multiply half of the rows each. W is asked for before the kernel ahead has ended, x after.
 //
+// Without NORM the two CTAs of a cluster have the same columns: each asks for half of W for both.
 // With NORM x passes through registers, where it is multiplied by the norm's weight and its squares
 // are summed; the root mean square, known after the last input, divides the sums. One rounding, as
 // the norm alone has.
 
 constexpr int BM = 128 * MI, HALF_BN = BN / 2, ITERATIONS = (K + BK - 1) / BK;
 constexpr int OUTPUTS = SWIGLU ? HALF_BN : BN;  // of a tile
+constexpr int PAIR = !NORM;
 constexpr int X_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2, STAGE = X_BYTES + W_BYTES;
 static_assert(HALF_BN % 8 == 0 && N % 8 == 0, "the tiles must fit");
 static_assert(!NORM || MI == 1, "x needs the registers of a second tile of sums");

@@ -21,13 +21,14 @@ from torch import Tensor
 from cat_bench import nvrtc
 
 BLOCK_K = 64  # inputs in a tile: 128 bytes, the width of the copy engine's swizzle
-MIN_SWIGLU, MIN_LINEAR = 224, 2048  # rows: below, cuBLAS is as good
-MAX_COLUMNS = {1: 256, 2: 192}  # in tiles of 128 and 256 rows: their sums lie in registers
+# Rows where our products are faster than cuBLAS's (docs/performance.md): from so many on with
+# SwiGLU, up to so many without, and from so many on with the norm on the way.
+MIN_MANY, MAX_PLAIN, MIN_NORMED = 224, 256, 2048
+# Share of the tensor cores' time that is used, below which cuBLAS is as good.
+MIN_USED = {"swiglu": 0.5, "normed": 0.6, "plain": 0.7}
+MAX_COLUMNS, MAX_NORMED_COLUMNS = 192, 256  # of a tile
 STORING_CLOCKS = 4000  # of a tile, while the tensor cores wait
-NORM_CLOCKS = 3500  # of a launch of its own, and its traffic
-BYTES_PER_CLOCK = 1700
 PRODUCTS_PER_CLOCK = 2048  # of bfloat16 on a multiprocessor
-MIN_USED = 0.5  # of the tensor cores' time: below, cuBLAS is as good
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
 MAX_STAGES = 8  # of many rows' ring
 MAX_FEW = 16  # rows: at 64 cuBLAS is as good (docs/performance.md)
@@ -114,8 +115,8 @@ def launch_few(
 class Tiling(NamedTuple):
     """Tiles of 128 `height` rows of x by `columns` rows of W, and how many programs share them.
 
-    `norm`: done on the way, which only a height of 1 leaves registers for. `paired`: the two
-    programs of a cluster have the same columns and ask for half of W each.
+    `norm`: done on the way, which only a height of 1 leaves registers for. Without it programs are
+    pairs, which share the columns and ask for half of W each.
     """
 
     height: int
@@ -123,32 +124,33 @@ class Tiling(NamedTuple):
     num_programs: int
     stages: int
     norm: bool
-    paired: bool
 
 
 def tiling(
     num_rows: int, num_outputs: int, width: int, processors: int, swiglu: bool = False
 ) -> Tiling | None:
-    """The tiles that take least time, the norm's included, or None where cuBLAS takes less."""
+    """The tiles that take least time, or None where cuBLAS is as good."""
+    norm = num_rows >= MIN_NORMED
+    if num_rows < MIN_MANY or not (norm or swiglu or num_rows <= MAX_PLAIN):
+        return None
+    together = 1 if norm else 2  # programs that go through the tiles side by side
     found = []
-    for height, norm in ((1, True), (1, False), (2, False)):
-        if not (norm or swiglu):
-            continue  # a plain product without its norm is cuBLAS's
-        for columns in range(96, MAX_COLUMNS[height] + 1, 32):
+    for height in (1,) if norm else (1, 2):
+        for columns in range(96, (MAX_NORMED_COLUMNS if norm else MAX_COLUMNS) + 1, 32):
             outputs = columns // 2 if swiglu else columns
-            num_pairs = -(-num_rows // (256 * height)) * -(-num_outputs // outputs)
-            waves = -(-num_pairs // (processors // 2))
+            num_tiles = -(-num_rows // (128 * height * together)) * -(-num_outputs // outputs)
+            waves = -(-num_tiles // (processors // together))
             clocks = waves * (width / 64 * clocks_of(height, columns) + STORING_CLOCKS)
-            before = 0 if norm else NORM_CLOCKS + num_rows * width * 4 / BYTES_PER_CLOCK
-            num_programs = 2 * min(num_pairs, processors // 2)
-            found.append((clocks + before, height, columns, norm, num_programs))
-    clocks, height, columns, norm, num_programs = min(found)
+            num_programs = together * min(num_tiles, processors // together)
+            found.append((clocks, height, columns, num_programs))
+    clocks, height, columns, num_programs = min(found)
     products = num_rows * num_outputs * width * (2 if swiglu else 1)
-    if products < MIN_USED * clocks * processors * PRODUCTS_PER_CLOCK:
+    least = MIN_USED["swiglu" if swiglu else "normed" if norm else "plain"]
+    if products < least * clocks * processors * PRODUCTS_PER_CLOCK:
         return None
     ring = SHARED_BYTES - 2048 - (2 * (width + BLOCK_K) if norm else 0)
     stages = min(MAX_STAGES, ring // (stage_bytes(128 * height + columns) + 16))
-    return Tiling(height, columns, num_programs, stages, norm, True) if stages >= 2 else None
+    return Tiling(height, columns, num_programs, stages, norm) if stages >= 2 else None
 
 
 def clocks_of(height: int, columns: int) -> int:
@@ -168,7 +170,7 @@ def takes_many(
     swiglu: bool = False,
 ) -> bool:
     """Whether `norm_many` is for these, shaped as there."""
-    if len(x) < (MIN_SWIGLU if swiglu else MIN_LINEAR) or len(weight) % 16:
+    if len(x) < MIN_MANY or len(weight) % 16:
         return False
     if not fit_for_copies(x, norm_weight[None], weight, *([] if out is None else [out])):
         return False
@@ -221,13 +223,12 @@ def norm_many(
     defines = (
         ("K", width), ("N", num_outputs), ("MI", tile.height), ("BN", tile.columns),
         ("STAGES", tile.stages), ("SWIGLU", int(swiglu)), ("NORM", int(tile.norm)),
-        ("PAIR", int(tile.paired)),
     )  # fmt: skip
     with torch.cuda.device(x.device):
         kernel = load(x.device, "many_rows", many_bytes(tile, width), tile.columns, defines)
         maps = tile_map(kernel, x, 128 * tile.height), tile_map(kernel, weight, tile.columns // 2)
         grid = (tile.num_programs, 1, 1)
-        cluster = (2 if tile.paired else 1, 1, 1)
+        cluster = (1 if tile.norm else 2, 1, 1)
         kernel.launch(grid, cluster, maps, out, norm_weight, eps, len(x), out.stride(0))
     return out
 

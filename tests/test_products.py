@@ -13,12 +13,15 @@ H100 = 132  # multiprocessors
 @pytest.mark.parametrize(
     ("num_rows", "num_outputs", "width", "swiglu", "expected"),
     [
-        (256, 5632, 2048, True, Tiling(1, 192, 118, stages=5, norm=True, paired=True)),
-        (512, 5632, 2048, True, Tiling(2, 192, 118, stages=4, norm=False, paired=True)),
-        (4352, 2816, 1024, True, Tiling(1, 256, 132, stages=4, norm=True, paired=True)),
-        (4352, 3072, 1024, False, Tiling(1, 224, 132, stages=5, norm=True, paired=True)),
-        (256, 3072, 1024, False, None),  # half of the multiprocessors would have nothing to do
-        (256, 2816, 1024, True, None),
+        (256, 5632, 2048, True, Tiling(1, 192, 118, stages=5, norm=False)),
+        (512, 5632, 2048, True, Tiling(2, 192, 118, stages=4, norm=False)),
+        (256, 50432, 2048, False, Tiling(1, 192, 132, stages=5, norm=False)),
+        (4352, 2816, 1024, True, Tiling(1, 256, 132, stages=4, norm=True)),
+        (4352, 3072, 1024, False, Tiling(1, 224, 132, stages=5, norm=True)),
+        (256, 2816, 1024, True, None),  # half of the multiprocessors would have nothing to do
+        (256, 6144, 2048, False, None),
+        (512, 50432, 2048, False, None),  # cuBLAS is as good
+        (128, 5632, 2048, True, None),
     ],
 )
 def test_tilings(
@@ -37,9 +40,11 @@ def test_every_tiling_covers_its_product_and_fits_a_multiprocessor(swiglu: bool)
                 continue
             found += 1
             outputs = tile.columns // 2 if swiglu else tile.columns
-            num_pairs = -(-num_rows // (256 * tile.height)) * -(-num_outputs // outputs)
-            assert tile.num_programs == 2 * min(num_pairs, H100 // 2)
-            assert swiglu or tile.norm
+            together = 1 if tile.norm else 2
+            row_tiles = -(-num_rows // (128 * tile.height * together))
+            num_tiles = row_tiles * -(-num_outputs // outputs)
+            assert tile.num_programs == together * min(num_tiles, H100 // together)
+            assert tile.norm == (num_rows >= 2048)
             assert tile.stages >= 2
             assert products.many_bytes(tile, width) <= 227 * 1024
             assert tile.columns <= 256 and tile.columns % 32 == 0

@@ -39,29 +39,17 @@ def near(got: Tensor, expected: Tensor, bound: float = 3e-3) -> bool:
     return bool((got.double() - expected.double()).norm() < bound * expected.double().norm())
 
 
-WAYS = [  # height, norm on the way, paired
-    (1, True, True),
-    (1, True, False),
-    (1, False, True),
-    (2, False, True),
-]
-
-
-@pytest.mark.parametrize("height, norm, paired", WAYS)
+@pytest.mark.parametrize("height, norm", [(1, True), (1, False), (2, False)])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_many_rows(
-    shape: tuple[int, int, int],
-    height: int,
-    norm: bool,
-    paired: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int], height: int, norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each way of doing it, also where another one or cuBLAS is faster."""
     require_hopper()
     num_rows, num_outputs, width = shape
-    columns = products.MAX_COLUMNS[height] if num_outputs > 4096 else 96
-    tile = products.Tiling(height, columns, num_programs=96, stages=3, norm=norm, paired=paired)
+    most = products.MAX_NORMED_COLUMNS if norm else products.MAX_COLUMNS
+    tile = products.Tiling(height, most if num_outputs > 4096 else 96, 96, stages=3, norm=norm)
     monkeypatch.setattr(products, "tiling_on", lambda *_: tile)
     gain = 1 + 0.2 * random(width)
     x, weight = 3 * random(num_rows, width), random(num_outputs, width) * width**-0.5
@@ -84,8 +72,8 @@ def test_many_rows(
 def test_large_activations_saturate_as_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """silu of -90 is no nan, and of 90 it is 90: the division is a fast one."""
     require_hopper()
-    monkeypatch.setattr(products, "MIN_USED", 0.0)
-    products.tiling_on.cache_clear()
+    tile = products.Tiling(1, 192, 118, stages=5, norm=False)
+    monkeypatch.setattr(products, "tiling_on", lambda *_: tile)
     gate = torch.linspace(-3e38, 3e38, 64).sign() * torch.logspace(-30, 38, 64)
     x = torch.zeros(256, 64, device="cuda", dtype=torch.bfloat16)
     x[:, 0] = 0.125  # the root mean square is 1 / 64
@@ -96,7 +84,6 @@ def test_large_activations_saturate_as_in_float64(monkeypatch: pytest.MonkeyPatc
     exact = F.silu(weight[:64, 0].double()).expand_as(found)
     assert torch.isfinite(found).all()
     assert torch.allclose(found, exact, rtol=1e-2, atol=1e-35)
-    products.tiling_on.cache_clear()
 
 
 @torch.no_grad()
@@ -190,7 +177,8 @@ def test_few_rows(num_rows: int, num_outputs: int, width: int) -> None:
     assert torch.equal(buffer[num_rows:], before[num_rows:])
 
     gate_up = random(2 * num_outputs, width) * width**-0.5
-    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
+    rounded = (x.double() @ gate_up.double().T).bfloat16()  # as the kernel does: 16 values may be
+    gate, up = rounded.double().chunk(2, dim=1)  # unlucky in what they lose by it
     expected = F.silu(gate) * up
     got = products.swiglu_of_few(x, gate_up)
     assert (got.double() - expected).norm() / expected.norm() < 5e-3
