@@ -45,6 +45,39 @@ def with_ratio(rows: pd.DataFrame, metric: str, reference: str, name: str) -> pd
     return rows.assign(**pd.DataFrame(found, index=rows.index, columns=names))
 
 
+def with_older_ratio(rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Where a row's run has no reference: `name` inside the newest run that has one and this case.
+
+    Adds <name>_run, the run of the ratio.
+    """
+    ends = [name, f"{name}_low", f"{name}_high"]
+    known = rows[rows[name].notna()]
+    newest = {
+        (row["label"], *(row[key] for key in SETTING)): row
+        for _, row in known.sort_values("run", key=lambda runs: runs.map(number)).iterrows()
+    }
+    found = []
+    for _, row in rows.iterrows():
+        other = newest.get((row["label"], *(row[key] for key in SETTING)))
+        source = row if pd.notna(row[name]) or other is None else other
+        found.append([*(source[end] for end in ends), source["run"]])
+    names = [*ends, f"{name}_run"]
+    return rows.assign(**pd.DataFrame(found, index=rows.index, columns=names))
+
+
+def older_ratios(rows: pd.DataFrame, name: str, reference: str) -> tuple[str, ...]:
+    """Notes: which ratios of `with_older_ratio` are of which other run."""
+    if f"{name}_run" not in rows:
+        return ()
+    other = rows[rows[name].notna() & (rows[f"{name}_run"] != rows["run"])]
+    return tuple(
+        f"Ratios to {reference} of {', '.join(dict.fromkeys(part['label']))} at prompt "
+        f"{', '.join(map(str, sorted(set(part['prompt_len']))))} are those inside {run}: the newer "
+        f"run shown has no {reference}."
+        for run, part in other.groupby(f"{name}_run")
+    )
+
+
 def setting_of(case: Case) -> tuple[int, int, int]:
     return case.batch_size, case.seq_len, case.prompt_len
 

@@ -60,6 +60,7 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
     rows = _measured(records, scale)
     axis = PROMPT.planned_by(plan(scale))
     lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["prompt_len"])
+    lacks = [*lacks, *_one_run.older_ratios(rows, "sooner_2d", "Dense-2D")]
     also = [figures.GAPS, *lacks] if figures.has_gaps(rows, axis) else lacks
     also = [*also, LAUNCHES] if len(rows) and "cuda" in set(rows["device"]) else also
     says = _curves.caption(TITLE, rows, ARCHITECTURES, scale, PANELS, also)
@@ -79,6 +80,8 @@ def _measured(records: pd.DataFrame, scale: str) -> pd.DataFrame:
     rows = _one_run.with_interval(rows, "ttft_s")
     rows = _one_run.with_ratio(rows, "ttft_s", "Dense", "sooner")
     rows = _one_run.with_ratio(rows, "ttft_s", "Dense-2D", "sooner_2d")
+    for name in ("sooner", "sooner_2d"):
+        rows = _one_run.with_older_ratio(rows, name)
     rows = rows[rows["is_chosen"]] if "is_chosen" in rows else rows
     return rows.sort_values("prompt_len", kind="stable").reset_index(drop=True)
 
@@ -105,6 +108,7 @@ def _table(rows: pd.DataFrame, scale: str, lacks: Sequence[str]) -> tables.Table
         *_curves.patterns(rows),
         *failures(rows),
         *lacks,
+        *_one_run.older_ratios(rows, "sooner", "Dense"),
     ]
     notes += [LAUNCHES] if "cuda" in set(rows["device"]) else []
     notes += [f"{figures.SMOKE_STAMP}."] if scale == "smoke" else []
