@@ -245,7 +245,7 @@ def test_fewer_than_three_samples_have_no_interval(tmp_path) -> None:
 def test_a_dense_of_another_suite_hides_no_stand_in() -> None:
     """Attention alone calls its rows Dense, also where a tiny one stands in for it elsewhere."""
     same = {name: 1 for name in measurements.SAME_SETTING}
-    same |= {"run": "a", "decode_path": "eager", "forward_path": "eager"}
+    same |= {"run": "a", "seed": 0, "decode_path": "eager", "forward_path": "eager"}
     rows = pd.DataFrame(
         [
             same | {"suite": suite, "label": label, "arch": arch, "latency_s.samples": [1.0] * 3}
@@ -257,6 +257,22 @@ def test_a_dense_of_another_suite_hides_no_stand_in() -> None:
         ]
     )
     assert measurements.dense_of(rows, rows.iloc[2])["label"] == "Dense (width=64)"
+
+
+@pytest.mark.parametrize(
+    "run, expected", [("0003-c", "0003-c"), ("0004-d", "0003-c"), ("0001-a", "0002-b")]
+)
+def test_the_dense_of_another_run_is_the_one_made_next_to_it(run: str, expected: str) -> None:
+    same = dict.fromkeys(measurements.SAME_SETTING, 1)
+    same |= {"seed": 0, "decode_path": "eager", "forward_path": "eager"}
+    same |= {"latency_s.samples": [1.0] * 3}
+    dense = same | {"label": "Dense", "arch": "dense"}
+    runs = ("0002-b", "0003-c", "0009-e")
+    rows = pd.DataFrame(
+        [dense | {"run": each} for each in runs]
+        + [same | {"run": run, "label": "CAT-8", "arch": "cat"}]
+    )
+    assert measurements.dense_of(rows, rows.iloc[-1])["run"] == expected
 
 
 def test_dense_of_another_setting_is_no_reference(tmp_path) -> None:
