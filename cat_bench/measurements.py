@@ -239,7 +239,7 @@ def _with_dense_ratios(rows: pd.DataFrame) -> pd.DataFrame:
                 if metric in rows:
                     found[name] = dense[metric] / row[metric]
         if wide is not None and not (row["label"] == "Dense" and _is_dense(rows)[row.name]):
-            found |= _speedup("speedup_2d", wide, row)
+            found |= _speedup("speedup_2d", wide, row) | {"dense_2d_run": wide["run"]}
         return found
 
     return joined(rows, [ratios(row) for _, row in rows.iterrows()])

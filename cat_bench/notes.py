@@ -117,16 +117,21 @@ def remarks(rows: pd.DataFrame) -> tuple[str, ...]:
         runs.setdefault(" ".join(each), []).append(run)
     said = [f"Remark on {', '.join(sorted(names))}: {text}" for text, names in runs.items()]
     legend = f"{REMARKED} in tables, a ring in figures: a value that a remark is about."
-    return (*said, legend) if said else ()
+    marks = any(remark.metrics for row in rows.itertuples() for remark in row.remarks)
+    return (*said, legend) if marks else tuple(said)
 
 
 def foreign_dense(rows: pd.DataFrame) -> tuple[str, ...]:
-    """A note where a ratio had to take Dense from another run of the same device model."""
-    if "dense_run" not in rows:
-        return ()
-    foreign = rows[rows["dense_run"].notna() & (rows["dense_run"] != rows["run"])]
-    pairs = sorted({f"{row.run} against {row.dense_run}" for row in foreign.itertuples()})
-    return tuple(f"warning: ratios to Dense across runs: {pair}." for pair in pairs)
+    """A note where a ratio had to take its reference from another run of the same device model."""
+    told = []
+    for column, name in (("dense_run", "Dense"), ("dense_2d_run", "Dense-2D")):
+        if column in rows:
+            foreign = rows[rows[column].notna() & (rows[column] != rows["run"])]
+            pairs = sorted(
+                {f"{one} against {other}" for one, other in foreign[["run", column]].values}
+            )
+            told += [f"warning: ratios to {name} across runs: {pair}." for pair in pairs]
+    return tuple(told)
 
 
 def hidden_dense(rows: pd.DataFrame) -> tuple[str, ...]:

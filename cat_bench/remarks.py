@@ -19,7 +19,7 @@ BATCH_SIZES, AT_LEAST = "batch_sizes", "at_least"  # optional fields
 class Remark:
     text: str  # one line
     architectures: tuple[str, ...]  # labels ("GDN") or file names ("mamba2": of any settings)
-    metrics: tuple[str, ...]  # as in records.jsonl
+    metrics: tuple[str, ...]  # as in records.jsonl; (): it is said, and marks no value
     batch_sizes: tuple[int, ...] = ()  # (): all
     at_least: float = 0.0  # present code's values are no less than this share of the stored ones
 
@@ -66,7 +66,9 @@ def _remark(entry: Any, known: dict[str, set]) -> Remark:
         if field not in entry:
             continue
         given, kind = entry[field], int if field == BATCH_SIZES else str
-        if not isinstance(given, list) or not given or {type(value) for value in given} != {kind}:
+        may_be_empty = field == "metrics"
+        kinds = {type(value) for value in given} if isinstance(given, list) else set()
+        if kinds != {kind} and not (given == [] and may_be_empty):
             what = "numbers" if kind is int else "names"
             raise ValueError(f"got {field} {given!r}, expected a list of {what}")
         unknown = [value for value in given if value not in values]

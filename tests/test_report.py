@@ -22,7 +22,9 @@ GPU = {
     "gpu_name": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0+cu130", "cuda": "13.0",
     "command": "cat-bench run efficiency <b>", "cpu_name": "A CPU", "cpu_cores": 2,
 }  # fmt: skip
-LABELS = {"dense": "Dense", "cat": "CAT-8", "cat:chunk_size=16": "CAT-16"}
+LABELS = {
+    "dense": "Dense", "dense:width=2048": "Dense-2D", "cat": "CAT-8", "cat:chunk_size=16": "CAT-16"
+}  # fmt: skip
 
 
 def case(arch: str = "dense", batch_size: int = 256, **fields) -> Case:
@@ -213,7 +215,8 @@ def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> Non
     for wrong, words in (
         ({"architectures": ["CAT-80"]}, r"CAT-80.*it has .*CAT-8"),
         ({"metrics": ["peak"]}, "peak.*peak_reserved_bytes"),
-        ({"metrics": []}, "expected a list of names"),
+        ({"architectures": []}, "expected a list of names"),
+        ({"metrics": "latency_s"}, "expected a list of names"),
         ({"metrics": [["latency_s"]]}, "expected a list of names"),
         ({"text": "two\nlines"}, "expected one line"),
         ({"text": "two\rlines"}, "expected one line"),
@@ -224,6 +227,27 @@ def test_remarks_of_a_run_stand_under_its_table_and_are_checked(tmp_path) -> Non
         path.write_text(json.dumps([remark | wrong]))
         with pytest.raises(UserError, match=words):
             tables.run_table(run)
+
+
+def test_a_remark_without_metrics_is_said_and_marks_nothing(tmp_path) -> None:
+    run = make_run(tmp_path)
+    remark = {"text": "Older code.", "architectures": ["CAT-8"], "metrics": []}
+    (run.path / "remarks.json").write_text(json.dumps([remark]))
+    notes = tables.run_table(run).notes
+    assert "Remark on 0001-fig: Older code." in notes
+    assert "†" not in report.report_text([run], "markdown")
+    rows = measurements.measured(measurements.frame([run])).set_index("label")
+    assert not measurements.is_marked(rows.loc["CAT-8"], "latency_s")
+
+
+def test_ratios_to_dense_2d_across_runs_are_warned_of_too(tmp_path) -> None:
+    wide = (case("dense:width=2048"), lambda key: timed(key, 8.0, 1.0))
+    cat = (case("cat"), lambda key: timed(key, 2.0, 1.0))
+    runs = [make_run(tmp_path, rows=[row]) for row in (wide, cat)]
+    rows = measurements.measured(measurements.frame(runs))
+    assert notes.foreign_dense(rows) == (
+        "warning: ratios to Dense-2D across runs: 0002-fig against 0001-fig.",
+    )
 
 
 def test_no_closed_case_is_no_error(tmp_path) -> None:
