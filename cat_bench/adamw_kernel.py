@@ -20,10 +20,17 @@ def update_(optimizer: torch.optim.AdamW, scale: Tensor) -> None:
     """`optimizer.step()` by gradients divided by `scale`, a float32 scalar on the device.
 
     States are those of torch.optim.AdamW: a later step() goes on from them. Nothing here waits for
-    the GPU. Raises ValueError for weights that are not contiguous or not in float32.
+    the GPU. Raises ValueError for weights that are not contiguous or not in float32, and for
+    settings that it does not know: amsgrad, maximize, a learning rate on the device, a beta of 0.
     """
     for group in optimizer.param_groups:
+        plain = isinstance(group["lr"], float) and min(group["betas"]) > 0
+        if group["amsgrad"] or group["maximize"] or not plain:
+            told = {name: group[name] for name in ("lr", "betas", "amsgrad", "maximize")}
+            raise ValueError(f"need plain AdamW with a float lr and betas above 0, got {told}.")
         params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            continue
         for p in params:
             if p.dtype != torch.float32 or not p.is_contiguous():
                 raise ValueError(f"need contiguous float32, got {p.dtype} of strides {p.stride()}.")

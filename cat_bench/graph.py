@@ -245,16 +245,14 @@ class CapturedStep:
                 self.logits = run(self.token, self.row)
 
     def __call__(self, token: Tensor, row: int | Tensor) -> Tensor:
+        self.token.copy_(token)
         if isinstance(row, int):
-            from cat_bench import kernels
-
             if self.end is not None and row >= self.end:
                 raise ValueError(
                     f"the step was captured for {self.end} tokens; token {row + 1} was given."
                 )
-            kernels.set_inputs(token, row, self.token, self.row)
+            self.row.fill_(row)
         else:
-            self.token.copy_(token)
             self.row.copy_(row)
         self.graph.replay()
         return self.logits

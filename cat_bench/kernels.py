@@ -469,24 +469,6 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, EARLY: tl.c
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def set_inputs(token: Tensor, row: int, token_out: Tensor, row_out: Tensor) -> None:
-    """token_out = token and row_out = row, all (b,) int64, in one launch."""
-    count = len(token)
-    _set_inputs_kernel[(triton.cdiv(count, 1024),)](
-        token, row, token_out, row_out, count, token.stride(0), BLOCK=1024, num_warps=4
-    )
-
-
-@triton.jit(do_not_specialize=["row"])
-def _set_inputs_kernel(
-    token_ptr, row, token_out_ptr, row_out_ptr, count, stride, BLOCK: tl.constexpr
-):
-    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = b < count
-    tl.store(token_out_ptr + b, tl.load(token_ptr + b * stride, mask=inside), mask=inside)
-    tl.store(row_out_ptr + b, tl.zeros([BLOCK], tl.int64) + row, mask=inside)
-
-
 def argmax(logits: Tensor, out: Tensor) -> None:
     """Column of the largest of each row, logits (b, v) -> out (b,) int64; the first of equals.
 

@@ -1,14 +1,14 @@
-// y = x W^T or y = silu(x Wg^T) * (x Wu^T), of hundreds of rows or more; x with or without an RMSNorm
-// before. Behind products.cu, compiled by products.py, which defines K (inputs), N (outputs), MI, BN,
-// STAGES, SWIGLU and NORM.
+// y = x W^T or y = silu(x Wg^T) * (x Wu^T), of hundreds of rows or more; x with or without an
+// RMSNorm before. Behind products.cu, compiled by products.py, which defines K (inputs), N
+// (outputs), MI, BN, STAGES, SWIGLU and NORM.
 //
-// As many CTAs as multiprocessors walk through the tiles of 128 MI rows by BN rows of W, with SWIGLU
-// half of them of the gate and half of up. The first thread asks the copy engine for tiles of 64
-// inputs, through a ring of STAGES that goes on from one tile of y to the next; two warp groups
-// multiply half of the rows each. W is asked for before the kernel ahead has ended, x after.
+// As many CTAs as multiprocessors walk through the tiles of 128 MI rows by BN rows of W, with
+// SWIGLU half of them of the gate and half of up. The first thread asks the copy engine for tiles
+// of 64 inputs, through a ring of STAGES that goes on from one tile of y to the next; two warp
+// groups multiply half of the rows each. W is asked for before the kernel ahead has ended, x after.
 //
 // Without NORM the two CTAs of a cluster have the same columns: each asks for half of W for both.
-// With NORM x passes through registers, where it is multiplied by the norm's weight and its squares
+// With it x passes through registers, where it is multiplied by the norm's weight and its squares
 // are summed; the root mean square, known after the last input, divides the sums. One rounding, as
 // the norm alone has.
 
@@ -26,12 +26,33 @@ __device__ __forceinline__ void apply_gain(u32 (&x)[BK / 16][4], u32 gain, float
   for (int k = 0; k < BK / 16; k++)
     #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float low = __uint_as_float(x[k][i] << 16), high = __uint_as_float(x[k][i] & 0xFFFF0000);
+      const float low = __uint_as_float(x[k][i] << 16);
+      const float high = __uint_as_float(x[k][i] & 0xFFFF0000);
       squares[i & 1] = fmaf(low, low, fmaf(high, high, squares[i & 1]));
       u32 g;
       asm volatile("ld.shared.b32 %0, [%1];"
         : "=r"(g) : "r"(gain + (k * 8 + i / 2 * 4 + threadIdx.x % 4) * 4));
-      asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(x[k][i]) : "r"(g));
+      // volatile: it must stay before wgmma.fence
+      asm volatile("mul.rn.bf16x2 %0, %0, %1;" : "+r"(x[k][i]) : "r"(g));
+    }
+}
+
+// A tile's part of y: a thread holds 2 of every 8 columns, in rows 8 apart from `first_row` on.
+__device__ __forceinline__ void store_tile(
+    const float (&d)[MI][HALF_BN], const float (&squares)[2], u16* y, int rows, int stride,
+    float eps, int first_row, int first) {
+  #pragma unroll
+  for (int m = 0; m < MI; m++)
+    #pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int row = first_row + m * 64 + h * 8;
+      const float scale = NORM ? rsqrtf(of_row(squares[h]) / K + eps) : 1.f;
+      store_row<OUTPUTS / 8>(y + (u64)row * stride + first, N - first, row < rows, [&](int j) {
+        const float* a = &d[m][4 * j + 2 * h];
+        if (!SWIGLU) return pack(a[0] * scale, a[1] * scale);
+        const float* up = &d[m][4 * (j + HALF_BN / 8) + 2 * h];
+        return pack(swiglu(a[0] * scale, up[0] * scale), swiglu(a[1] * scale, up[1] * scale));
+      });
     }
 }
 
@@ -92,8 +113,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) many_rows(
     // What a thread tells ldmatrix: a row, and which 8 of 16 inputs, swizzled as in `descriptor`.
     const u32 my_row = x_at + (warp * 16 + lane % 16) * BK * 2;
     int step = 0;
-    auto release = [&](int read) {  // a stage; told only where somebody waits for it: none is on its
-      if (lane < CTAS && read + STAGES < steps) {  // way when the other CTA has ended
+    // A stage. Told only where somebody waits for it: none is on its way when the other CTA ends.
+    auto release = [&](int read) {
+      if (lane < CTAS && read + STAGES < steps) {
         if (PAIR) arrive_at(empty + 8 * (read % STAGES), lane);
         else arrive(empty + 8 * (read % STAGES));
       }
@@ -101,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) many_rows(
     };
     for (int tile = worker; tile < tiles; tile += workers) {
       float d[MI][HALF_BN], squares[2] = {0.f, 0.f};
-      u32 x[2][BK / 16][4];  // of this tile of inputs and the last, that the tensor cores still read
+      u32 x[2][BK / 16][4];  // of this tile of inputs and the last, which is still being read
       for (int first = 0; first < ITERATIONS; first += 2)
         #pragma unroll
         for (int odd = 0; odd < 2; odd++) {
@@ -141,19 +163,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) many_rows(
       const int first_row =
           (tile % row_tiles * CTAS + me) * BM + (group - 1) * MI * 64 + warp * 16 + lane / 4;
       const int first = tile / row_tiles * OUTPUTS;
-      #pragma unroll
-      for (int m = 0; m < MI; m++)
-        #pragma unroll
-        for (int h = 0; h < 2; h++) {  // a thread holds two neighbours of every 8 columns, in rows 8 apart
-          const int row = first_row + m * 64 + h * 8;
-          const float scale = NORM ? rsqrtf(of_row(squares[h]) / K + eps) : 1.f;
-          store_row<OUTPUTS / 8>(y + (u64)row * stride + first, N - first, row < rows, [&](int j) {
-            const float* a = &d[m][4 * j + 2 * h];
-            if (!SWIGLU) return pack(a[0] * scale, a[1] * scale);
-            const float* up = &d[m][4 * (j + HALF_BN / 8) + 2 * h];
-            return pack(swiglu(a[0] * scale, up[0] * scale), swiglu(a[1] * scale, up[1] * scale));
-          });
-        }
+      store_tile(d, squares, y, rows, stride, eps, first_row, first);
     }
   }
   __syncwarp();

@@ -300,9 +300,9 @@ def _ratio(a: tuple[float, ...], b: tuple[float, ...]) -> stats.Interval:
 def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Series | None:
     """The row of `name` to compare `row` with: same setting; same run, seed, path if there is one.
 
-    Of other runs the one made next to it, whose code and machine are likest. None without one, or
-    where several models could be meant (two Dense of other sizes). Its label alone makes no file of
-    a user's the reference.
+    Of other runs one of the same commit, and the one whose number is next to it: its code and its
+    machine are likest. None without one, or where several models could be meant (two Dense of other
+    sizes). Its label alone makes no file of a user's the reference.
     """
     all_dense = rows[_is_dense(rows)]
     for setting in SAME_SETTING:
@@ -312,14 +312,19 @@ def dense_of(rows: pd.DataFrame, row: pd.Series, name: str = "Dense") -> pd.Seri
         dense = all_dense[~all_dense["label"].str.startswith("Dense-2D")]
         dense = dense if dense["arch"].nunique() == 1 else dense.iloc[:0]
     dense = dense.loc[[index for index, one in dense.iterrows() if latency_samples(one)]]
-    for setting in ("run", "seed", "decode_path", "forward_path"):
+    for setting in ("run", "commit", "seed", "decode_path", "forward_path"):
         same = dense[dense[setting] == row[setting]]
         dense = dense if same.empty else same
     if dense.empty or not latency_samples(row):
         return None
-    order = {run: place for place, run in enumerate(sorted(rows["run"].unique()))}
-    away = [abs(order[run] - order[row["run"]]) for run in dense["run"]]
-    return dense.iloc[away.index(min(away))]
+    return min((one for _, one in dense.iterrows()), key=lambda one: _apart(one["run"], row["run"]))
+
+
+def _apart(run: str, other: str) -> tuple[int, int]:
+    """How far two runs' numbers are apart, then the first's: of two as near the older is less."""
+    heads = [name.partition("-")[0] for name in (run, other)]
+    first, second = (int(head) if head.isdigit() else 0 for head in heads)
+    return abs(first - second), first
 
 
 def _is_dense(rows: pd.DataFrame) -> pd.Series:

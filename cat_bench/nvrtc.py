@@ -59,12 +59,17 @@ def load(
     device: torch.device, name: str, source: str, options: tuple[str, ...], shared: int
 ) -> Kernel:
     """`source`'s function `name`, for the current device, which `device` must be."""
-    driver, module, function = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
+    driver, module, function = cuda_driver(), ctypes.c_void_p(), ctypes.c_void_p()
     image = cubin(name, source, options)
     check(driver.cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
     check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
     check(driver.cuFuncSetAttribute(function, 8, shared), "dynamic shared memory")
     return Kernel(driver, function, shared)
+
+
+@cache
+def cuda_driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def cubin(name: str, source: str, options: tuple[str, ...]) -> bytes:

@@ -21,8 +21,8 @@ from torch import Tensor
 from cat_bench import nvrtc
 
 BLOCK_K = 64  # inputs in a tile: 128 bytes, the width of the copy engine's swizzle
-# Rows where our products are faster than cuBLAS's (docs/performance.md): from so many on with
-# SwiGLU, up to so many without, and from so many on with the norm on the way.
+# Rows where our products are faster than cuBLAS's: from so many on with SwiGLU, up to so many
+# without, and from so many on with the norm on the way (docs/performance.md says at which shapes).
 MIN_MANY, MAX_PLAIN, MIN_NORMED = 224, 256, 2048
 # Share of the tensor cores' time that is used, below which cuBLAS is as good.
 MIN_USED = {"swiglu": 0.5, "normed": 0.6, "plain": 0.7}
@@ -209,14 +209,16 @@ def norm_many(
     """W RMSNorm(x) of hundreds of rows or more -> (b, n), in `out` if given. x (b, d), norm_weight
     (d,), weight (n, d); `swiglu`: silu(gate) * up of weight (2 n, d).
     """
+    from cat_bench import kernels
+
     num_outputs, width = outputs_of(weight, swiglu)
     tile = tiling_on(x.device, len(x), num_outputs, width, swiglu)
     assert tile is not None, f"no tiling for {tuple(x.shape)}: ask takes_many() first"
-    if not tile.norm:
-        from cat_bench import kernels
-
-        x = kernels.rms_norm(x, norm_weight, eps)
     out = x.new_empty(len(x), num_outputs) if out is None else out
+    shapes = x.shape[1], *norm_weight.shape, *out.shape
+    assert shapes == (width, width, len(x), num_outputs), "inputs, norm and weights must fit"
+    if not tile.norm:
+        x = kernels.rms_norm(x, norm_weight, eps)
     assert out.dtype == x.dtype and out.stride(1) == 1 and out.stride(0) % 8 == 0, (
         "stored by eights"
     )

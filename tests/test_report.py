@@ -269,7 +269,7 @@ def test_fewer_than_three_samples_have_no_interval(tmp_path) -> None:
 def test_a_dense_of_another_suite_hides_no_stand_in() -> None:
     """Attention alone calls its rows Dense, also where a tiny one stands in for it elsewhere."""
     same = {name: 1 for name in measurements.SAME_SETTING}
-    same |= {"run": "a", "seed": 0, "decode_path": "eager", "forward_path": "eager"}
+    same |= {"run": "a", "commit": "c", "seed": 0, "decode_path": "eager", "forward_path": "eager"}
     rows = pd.DataFrame(
         [
             same | {"suite": suite, "label": label, "arch": arch, "latency_s.samples": [1.0] * 3}
@@ -284,19 +284,30 @@ def test_a_dense_of_another_suite_hides_no_stand_in() -> None:
 
 
 @pytest.mark.parametrize(
-    "run, expected", [("0003-c", "0003-c"), ("0004-d", "0003-c"), ("0001-a", "0002-b")]
+    "run, commit, expected",
+    [
+        ("0003-c", "c", "0003-c"),  # its own
+        ("0004-d", "d", "0003-c"),  # 1 away, not 5
+        ("0006-d", "d", "0003-c"),  # 3 and 3 away: the older
+        ("0001-a", "a", "0002-b"),
+        ("0010-d", "b", "0002-b"),  # of the same commit, though others are nearer
+        ("mine", "d", "0002-b"),  # without a number
+    ],
 )
-def test_the_dense_of_another_run_is_the_one_made_next_to_it(run: str, expected: str) -> None:
+def test_the_dense_of_another_run_is_of_its_commit_or_made_next_to_it(
+    run: str, commit: str, expected: str
+) -> None:
     same = dict.fromkeys(measurements.SAME_SETTING, 1)
     same |= {"seed": 0, "decode_path": "eager", "forward_path": "eager"}
     same |= {"latency_s.samples": [1.0] * 3}
     dense = same | {"label": "Dense", "arch": "dense"}
-    runs = ("0002-b", "0003-c", "0009-e")
-    rows = pd.DataFrame(
-        [dense | {"run": each} for each in runs]
-        + [same | {"run": run, "label": "CAT-8", "arch": "cat"}]
-    )
-    assert measurements.dense_of(rows, rows.iloc[-1])["run"] == expected
+    rows = [dense | {"run": each, "commit": each[-1]} for each in ("0002-b", "0003-c", "0009-e")]
+    rows += [same | {"run": "0005-x", "commit": "x", "label": "GDN", "arch": "gated_deltanet"}]
+    rows += [same | {"run": run, "commit": commit, "label": "CAT-8", "arch": "cat"}]
+    for order in (rows, rows[::-1]):
+        frame = pd.DataFrame(order)
+        cat = next(row for _, row in frame.iterrows() if row["arch"] == "cat")
+        assert measurements.dense_of(frame, cat)["run"] == expected
 
 
 def test_dense_of_another_setting_is_no_reference(tmp_path) -> None:

@@ -145,7 +145,7 @@ def test_a_compiled_path_without_such_kernels_takes_float64() -> None:
     predict.resolve([case])
 
 
-def test_the_loss_follows_device_path_and_dtype() -> None:
+def test_loss_and_update_follow_device_path_and_dtype() -> None:
     fast = replace(tiny_case(DENSE), device="cuda", forward_path="compile")
     assert training.implementation(fast) == "triton"  # float32 weights
     for change in ({"device": "cpu"}, {"forward_path": "eager"}, {"dtype": "float64"}):

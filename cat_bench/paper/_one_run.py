@@ -1,6 +1,7 @@
 """Comparisons inside one run: ratios to a reference, who is best in a cell, where two lines cross.
 
-A ratio of two runs would hold two states of the machine; so a run that lacks one side gives none.
+A ratio of two runs would hold two states of the machine; so a run that lacks one side gives none of
+its own: an exhibit may show that of an older run, and names it.
 Rows are those of `_curves.measured`, of all runs of one device; "setting" = batch size, length and
 prompt.
 """
@@ -45,13 +46,14 @@ def with_ratio(rows: pd.DataFrame, metric: str, reference: str, name: str) -> pd
     return rows.assign(**pd.DataFrame(found, index=rows.index, columns=names))
 
 
-def with_older_ratio(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Where a row's run has no reference: `name` inside the newest run that has one and this case.
+def with_older_ratio(rows: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
+    """Where a measured row's run has no reference: `name` inside the newest run of this case that
+    has one, unless a remark is about it there.
 
-    Adds <name>_run, the run of the ratio.
+    Adds <name>_run, the run of the ratio: tables name it where it is not the row's own.
     """
     ends = [name, f"{name}_low", f"{name}_high"]
-    known = rows[rows[name].notna()]
+    known = _unmarked(rows[rows[name].notna()], metric)
     newest = {
         (row["label"], *(row[key] for key in SETTING)): row
         for _, row in known.sort_values("run", key=lambda runs: runs.map(number)).iterrows()
@@ -59,23 +61,11 @@ def with_older_ratio(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     found = []
     for _, row in rows.iterrows():
         other = newest.get((row["label"], *(row[key] for key in SETTING)))
-        source = row if pd.notna(row[name]) or other is None else other
+        is_lacking = row["status"] == "ok" and pd.notna(row[metric]) and pd.isna(row[name])
+        source = other if is_lacking and other is not None else row
         found.append([*(source[end] for end in ends), source["run"]])
     names = [*ends, f"{name}_run"]
     return rows.assign(**pd.DataFrame(found, index=rows.index, columns=names))
-
-
-def older_ratios(rows: pd.DataFrame, name: str, reference: str) -> tuple[str, ...]:
-    """Notes: which ratios of `with_older_ratio` are of which other run."""
-    if f"{name}_run" not in rows:
-        return ()
-    other = rows[rows[name].notna() & (rows[f"{name}_run"] != rows["run"])]
-    return tuple(
-        f"Ratios to {reference} of {', '.join(dict.fromkeys(part['label']))} at prompt "
-        f"{', '.join(map(str, sorted(set(part['prompt_len']))))} are those inside {run}: the newer "
-        f"run shown has no {reference}."
-        for run, part in other.groupby(f"{name}_run")
-    )
 
 
 def setting_of(case: Case) -> tuple[int, int, int]:

@@ -24,13 +24,3 @@ def test_argmax(batch_size: int, width: int, dtype: torch.dtype) -> None:
     logits[0, width - 1] = torch.nan
     kernels.argmax(logits, tokens[:, 2])
     assert tokens[0, 2] == width - 1 == logits[0].argmax()
-
-
-def test_token_and_row_of_a_step_are_set_in_one_launch() -> None:
-    from cat_bench import kernels
-
-    tokens = torch.randint(0, 50_000, (1500, 7), device="cuda")
-    token, row = torch.zeros(1500, dtype=torch.int64, device="cuda"), tokens[:, 0].clone()
-    for position in (0, 1, 16, 4095):
-        kernels.set_inputs(tokens[:, 3], position, token, row)
-        assert torch.equal(token, tokens[:, 3]) and bool((row == position).all())

@@ -14,9 +14,10 @@ from contract import Subject
 from torch import Tensor
 
 from baselines import sparse
-from cat_bench import spec
-from cat_bench.architecture import Architecture
+from cat_bench import products, spec
+from cat_bench.architecture import Architecture, build
 from cat_bench.graph import CapturedStep
+from cat_bench.spec import parse
 
 pytestmark = pytest.mark.gpu
 
@@ -133,8 +134,8 @@ def test_checkpointing_keeps_the_gradients(subject: Subject, path: str) -> None:
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())
 def test_bfloat16_by_relative_norm(subject: Subject, path: str) -> None:
-    """Against exact arithmetic on the same weights. Rounding of its own takes eager up to 9e-3 away
-    from that, so two right paths may lie further apart.
+    """Against eager, and against exact arithmetic on the same weights. Rounding of its own takes
+    eager itself away from that, with one key head by 9e-3: two right paths lie further apart there.
     """
     eager, fast = pair(subject, path, "bfloat16")
     exact = subject.model("float64", device="cuda", std=STD)
@@ -142,7 +143,31 @@ def test_bfloat16_by_relative_norm(subject: Subject, path: str) -> None:
     tokens = subject.tokens(3, NUM_STEPS).cuda()
     got, expected, true = (decoded(model, tokens, 5) for model in (fast, eager, exact))
     assert contract.relative_norm(got, true) < 1e-2
-    assert contract.relative_norm(got, expected) < 1.5e-2
+    few_heads = getattr(subject.config, "num_kv_heads", None) == 1
+    assert contract.relative_norm(got, expected) < (1.5e-2 if few_heads else 1e-2)
+
+
+@torch.no_grad()
+def test_a_large_batch_in_bfloat16_equals_eager() -> None:
+    """The products of hundreds of rows are for full width, in bfloat16, from 224 sequences on."""
+    arch = "cat:chunk_size=8,compressor_layers=1,max_len=64,num_layers=2"
+    eager, fast = (
+        build(parse(arch), path, "cuda", "bfloat16", seed=0) for path in ("eager", "cuda_graph")
+    )
+    exact = build(parse(arch), "eager", "cuda", "float32", seed=0)
+    for model in (fast, exact):
+        model.load_state_dict(eager.state_dict())
+    x, block = eager.decoder.embed.weight[:256], fast.decoder.blocks[0]
+    gate_up = torch.cat([block.w1.weight, block.w3.weight])
+    if products.num_processors(x.device):
+        assert products.takes_many(x.contiguous(), block.mlp_norm.weight, gate_up, swiglu=True)
+        assert products.takes_many(
+            x.contiguous(), fast.decoder.norm.weight, fast.decoder.head.weight
+        )
+    tokens = torch.randint(0, 50_000, (256, 34), device="cuda")
+    got, expected, true = (decoded(model, tokens, 10) for model in (fast, eager, exact))
+    assert contract.relative_norm(got, true) < 1.2 * contract.relative_norm(expected, true)
+    assert contract.relative_norm(got, expected) < 1.5e-2  # eager itself is 1e-2 from exact
 
 
 @pytest.mark.parametrize(("subject", "path"), fast_subjects())
