@@ -703,8 +703,11 @@ def test_training_ranks_no_replayed_step_with_one_launched_from_python(tmp_path)
 def test_what_crossover_lacks_is_said_by_batch_and_length_and_stays_short(tmp_path) -> None:
     measure(tmp_path, [c for c in plan("crossover") if c.batch_size not in (16, 64)])
     (note,) = (n for n in render("crossover", tmp_path).tables[0].notes if "Not measured" in n)
-    where = "batch 16 x length 1024, 2048, 4096, 8192, 16384, 32768 and batch 64 x length 1024"
-    assert f"all ({where})." in note
+    lines = (
+        f"{prompt + 256} of prompt {prompt}" for prompt in (768, 1792, 3840, 7936, 16128, 32512)
+    )
+    where = f"batch 16 x length 1024 of prompt 8, {', '.join(lines)}"
+    assert f"all ({where} and batch 64 x length 1024 of prompt 8)." in note
     some = [c for n, c in enumerate(plan("crossover")) if n % 3 == 0]
     measure(tmp_path / "other", some)
     (note,) = (
@@ -762,6 +765,7 @@ STORED = {  # metrics as records.jsonl calls them
 NOT_MEASURED = {  # columns that no metric stands behind
     *("label", "batch_size", "seq_len", "prompt_len", "loop", "heads", "implementation"),
     *("forward_path", "suite", "seed", "status", "n", "boundary_share"),
+    *("run", "sooner_run", "sooner_2d_run"),
     *training.CLAIMS,
 }
 

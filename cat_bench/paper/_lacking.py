@@ -93,16 +93,19 @@ def _cells(
 
 
 def _said(cells: Sequence[tuple], by: Sequence[str]) -> str:
-    """ "length 1024, 4096"; of two fields "batch 1, 4 x length 1024 and batch 16 x length 2048"."""
+    """ "length 1024, 4096"; of two fields "batch 1, 4 x length 1024 and batch 16 x length 2048"; of
+    three "batch 16 x length 1024 of prompt 768".
+    """
     if len(by) == 1:
         return f"{WORDS[by[0]]} {', '.join(str(x) for (x,) in cells)}"
-    seconds: dict[int, list[int]] = {}
-    for first, second in cells:
-        seconds.setdefault(first, []).append(second)
+    seconds: dict[int, list[str]] = {}
+    for first, second, *third in cells:
+        of = f" of {WORDS[by[2]]} {third[0]}" if third else ""
+        seconds.setdefault(first, []).append(f"{second}{of}")
     firsts: dict[tuple, list[int]] = {}
     for first, each in seconds.items():
         firsts.setdefault(tuple(each), []).append(first)
     return " and ".join(
-        f"{WORDS[by[0]]} {', '.join(map(str, group))} x {WORDS[by[1]]} {', '.join(map(str, each))}"
+        f"{WORDS[by[0]]} {', '.join(map(str, group))} x {WORDS[by[1]]} {', '.join(each)}"
         for each, group in firsts.items()
     )

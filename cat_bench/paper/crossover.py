@@ -95,7 +95,8 @@ def render(records: pd.DataFrame, published: Sequence, scale: str) -> Content:
         _lines.Map("smallest weights and state", _map(smallest)),
     ]
     axis = figures.LENGTH.planned_by(at_lengths(scale))
-    lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, ["batch_size", "seq_len"])
+    by = ["batch_size", "seq_len", "prompt_len"]
+    lacks = lacking(rows, plan(scale), ARCHITECTURES, scale, by)
     also = [figures.GAPS, *lacks] if figures.has_gaps(lines, axis) else lacks
     figure = _lines.line_figure(
         lines, PANELS, axis, _caption(lines, rows, scale, also), maps, scale == "smoke"
