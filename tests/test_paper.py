@@ -988,8 +988,14 @@ def test_a_ratio_is_of_the_newest_run_that_has_both_which_is_named(tmp_path) -> 
     assert "the older one whose number follows" in render("ttft", tmp_path).tables[0].notes[0]
     measure(tmp_path, [c for c in others if c.prompt_len == 16_384], slower=3.0)
     assert cat8()["vs Dense"] == "2.00x faster [2.00, 2.00] (0001)"  # never across two runs
-    measure(tmp_path, cats, status="oom")
+    older = measure(tmp_path, cats, status="oom").path.parent / "0001-made-up"
     assert set(cat8()[["vs Dense", "vs Dense-2D"]]) <= {"-", "oom", ""}
+    measure(tmp_path, cats, slower=2.0)
+    assert cat8()["vs Dense"].endswith("(0001)")
+    remark = {"text": "Stale.", "architectures": ["cat"], "metrics": ["ttft_s"]}
+    (older / "remarks.json").write_text(json.dumps([remark]))
+    assert older.name in {run.name for run in _build.all_records(tmp_path)[1]}
+    assert set(cat8()[["vs Dense", "vs Dense-2D"]]) == {"-"}
 
 
 def test_a_panel_of_ratios_without_its_reference_says_so_instead_of_naming_ticks(tmp_path) -> None:
