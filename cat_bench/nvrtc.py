@@ -28,11 +28,11 @@ class Kernel(NamedTuple):
         grid: tuple[int, int, int],
         cluster: tuple[int, int, int],
         maps: Sequence[ctypes.Array],
-        *others: Tensor | float | None,
+        *others: Tensor | float,
     ) -> None:
         """384 threads a CTA, on the current stream; may start before the kernel ahead has ended.
 
-        Arguments of the kernel: `maps`, then `others`: pointers (None: null), int and float.
+        Arguments of the kernel: `maps`, then `others`: pointers, int and float.
         """
         passed = [as_argument(other) for other in others]
         values = [*(aligned(m) for m in maps), *(ctypes.addressof(value) for value in passed)]
@@ -48,9 +48,9 @@ class Kernel(NamedTuple):
         check(status, "cuLaunchKernelEx")
 
 
-def as_argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
-    if value is None or isinstance(value, Tensor):
-        return ctypes.c_void_p(None if value is None else value.data_ptr())
+def as_argument(value: Tensor | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
 
 

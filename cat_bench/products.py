@@ -148,8 +148,9 @@ def tiling(
     least = MIN_USED["swiglu" if swiglu else "normed" if norm else "plain"]
     if products < least * clocks * processors * PRODUCTS_PER_CLOCK:
         return None
-    ring = SHARED_BYTES - 2048 - (2 * (width + BLOCK_K) if norm else 0)
-    stages = min(MAX_STAGES, ring // (stage_bytes(128 * height + columns) + 16))
+    without_ring = many_bytes(Tiling(height, columns, num_programs, 0, norm), width)
+    stages = (SHARED_BYTES - without_ring) // (stage_bytes(128 * height + columns) + 16)
+    stages = min(MAX_STAGES, stages)
     return Tiling(height, columns, num_programs, stages, norm) if stages >= 2 else None
 
 
